@@ -1,0 +1,43 @@
+# make demo   the whole way on a small cohort made from a seed, about two minutes
+# make test   lint, types, import rules and tests
+# Both set up .venv by themselves the first time.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test lint types pytest clean lock
+
+demo: $(READY)
+	$(BIN)/vnet demo
+
+test: lint types pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+pytest: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+# Every version is pinned; the project itself is installed from this folder.
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check --quiet -r requirements.lock
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --editable .
+	touch $(READY)
+
+# Resolve again after a change of pyproject.toml: a fresh environment, frozen.
+lock:
+	rm -rf build/lock-venv
+	$(PYTHON) -m venv build/lock-venv
+	build/lock-venv/bin/pip install --disable-pip-version-check '.[test,bench]'
+	build/lock-venv/bin/pip freeze --exclude vnet-cohort | sed 's/+cpu$$//' > requirements.lock
+	rm -rf build
+
+clean:
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

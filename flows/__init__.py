@@ -1,0 +1,1 @@
+"""Prefect flows, their artifacts and deployments, and the command line."""

@@ -1,0 +1,122 @@
+"""The whole way on a cohort made from a seed, through the flows: ingest, preprocess, train, segment, evaluate."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flows.commands import Result, copy_mask, ingest_sources, run_flow, text_table
+from flows.session import Session
+from vnet_core.phantoms import demo_cohort, phantom
+from vnet_core.plan import Label
+from workers.evaluate import evaluate, masks_in, summary
+from workers.ledger import counts
+from workers.masks import load_report
+from workers.scans import write_volume
+
+SEED = 2016
+TRAINING_CASES = 20
+NEW_CASES = 6
+MINUTES = 0.75
+MODEL = "demo"
+LABELS = (Label(value=1, name="organ"), Label(value=2, name="lesion"))
+
+PLAN = """\
+# What the demo does differently from the plan that is derived from the cohort: coarse and small, for two cores.
+[preprocess]
+spacing_mm = [2.0, 2.0, 2.0]
+
+[network]
+kernel_size = 3
+width = 8
+convolutions = [1, 2, 2, 2]
+
+[training]
+patch_size = [40, 40, 40]
+batch_size = 4
+"""
+
+
+def demo(session: Session) -> Result:
+    """Make the cohort, run every stage, and say where everything lies."""
+    started = time.monotonic()
+    scans = session.root.folder / "demo-scans"
+    say(f"making {TRAINING_CASES} labelled and {NEW_CASES + 1} new scans from seed {SEED} in {scans}")
+    make_scans(scans)
+    labels = tuple(f"{label.value}={label.name}" for label in LABELS)
+    ingest_sources(session.root, "demo-train", [str(scans / "train")], labels=labels)
+    (scans / "plan.toml").write_text(PLAN)
+
+    say(f"training a small V-Net for {MINUTES * 60:.0f} s: Prefect, Dask, Zarr, Ray Train")
+    from flows.cohorts import nightly
+    from flows.training import train_model
+
+    trained = run_flow(train_model, cohort="demo-train", model=MODEL, minutes=MINUTES, plan=str(scans / "plan.toml"))[
+        "model"
+    ]
+
+    say(f"the night: segmenting {NEW_CASES + 1} new scans with {trained} on Ray actors")
+    ingest_sources(session.root, "demo-night", [str(scans / "night")], labels=labels)
+    night = run_flow(nightly, cohort="demo-night", model=trained)
+    return _result(session, scans, night, time.monotonic() - started)
+
+
+def say(text: str) -> None:
+    """A line of progress for the person at the terminal."""
+    print(f"demo: {text}", file=sys.stderr, flush=True)
+
+
+def make_scans(folder: Path) -> None:
+    """``train/`` and ``night/`` with images, labels or truth; one scan of the night is cut short on its way."""
+    for name in ("train/images", "train/labels", "night", "truth"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for number, (case, spec) in enumerate(demo_cohort(SEED, TRAINING_CASES + NEW_CASES)):
+        image, label = phantom(spec)
+        # the sixth phantom has no organ: it belongs to the night
+        new = number == 5 or number > TRAINING_CASES
+        images, labels = ("night", "truth") if new else ("train/images", "train/labels")
+        write_volume(folder / images / f"{case}.nii.gz", image)
+        write_volume(folder / labels / f"{case}.nii.gz", label)
+    whole = next((folder / "night").glob("*.nii.gz")).read_bytes()
+    (folder / "night" / "phantom-cut-short.nii.gz").write_bytes(whole[: len(whole) // 2])
+
+
+def _result(session: Session, scans: Path, night: Mapping[str, Any], seconds: float) -> Result:
+    masks = session.root.folder / "demo-masks"
+    cases = []
+    for outcome in night["outcomes"]:
+        if outcome.done:
+            report = load_report(session.root, outcome.key)
+            copy_mask(session.root.path(f"{outcome.key}/{report['mask']}"), masks, outcome.case)
+        cases.append(
+            {
+                "case": outcome.case,
+                "state": outcome.state,
+                "codes": list(outcome.codes),
+                "message": outcome.message,
+            }
+        )
+    found = evaluate(masks_in(masks), masks_in(scans / "truth"), LABELS)
+    rows = [{"case": e.outcome.case} | row for e in found for row in e.labels]
+    means = summary(found)
+    undone = [f"{o.case}: {o.state}, {o.message}" for o in night["outcomes"] if not o.done]
+    report_csv = session.root.path(f"reports/demo-night/{night['night']}.csv")
+    port = session.site.ui_port
+    lines = [
+        "",
+        text_table(rows, ("case", "name", "volume_ml", "truth_volume_ml", "dice")),
+        "",
+        f"mean Dice: {', '.join(f'{name} {value:.3f}' for name, value in means['dice'].items())}",
+        f"cases: {', '.join(f'{n} {state}' for state, n in counts(night['outcomes']).items())}",
+        *undone,
+        "",
+        f"masks:  {masks}",
+        f"report: {report_csv}",
+        f"UI:     .venv/bin/vnet serve --root {session.root.folder}, then http://127.0.0.1:{port}/artifacts",
+        "        (the night's report with its pictures is the artifact night-demo-night)",
+        f"{seconds:.0f} s in all. Research software, not a medical device.",
+    ]
+    return Result("\n".join(lines), cases, {"night": night["night"], **means})

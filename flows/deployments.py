@@ -1,0 +1,71 @@
+"""Which flows can be started from the UI, and which start by themselves."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.server import start_server
+from flows.serving import serve_until_stopped
+from flows.session import Session
+from workers.cohort import load_cohort
+from workers.models import load_model
+from workers.site import Nightly
+
+if TYPE_CHECKING:
+    from prefect.deployments.runner import RunnerDeployment
+
+
+def serve(session: Session, schedules: Sequence[Nightly], port: int | None) -> None:
+    """Start the Prefect server and its UI, and run what forms and schedules ask for, until SIGINT or SIGTERM.
+
+    Where PREFECT_API_URL names a server already, that one is used. Raises ConfigError for a schedule whose cohort or
+    model does not exist, EngineError ``prefect.port-busy`` or ``prefect.unreachable``.
+    """
+    nightlies = [*session.site.nightly, *schedules]
+    for entry in nightlies:
+        load_cohort(session.root, entry.cohort)
+        load_model(session.root, entry.model)
+    url = os.environ.get("PREFECT_API_URL")
+    if url:
+        _run(session, nightlies, url)
+        return
+    home = Path(os.environ["PREFECT_HOME"])
+    with start_server(home, port or session.site.ui_port) as server:
+        os.environ["PREFECT_API_URL"] = server.api_url
+        _run(session, nightlies, server.api_url)
+
+
+def _run(session: Session, nightlies: Sequence[Nightly], api_url: str) -> None:
+    found = deployments(nightlies, session.site.timezone)
+    print(f"UI: {api_url.removesuffix('/api')} (Ctrl-C stops)", file=sys.stderr)
+    for deployment in found:
+        when = f"  {deployment.schedules[0].schedule}" if deployment.schedules else ""
+        print(f"  {deployment.flow_name}/{deployment.name}{when}", file=sys.stderr, flush=True)
+    serve_until_stopped(found, api_url)
+
+
+def deployments(nightlies: Sequence[Nightly], timezone: str) -> list[RunnerDeployment]:
+    """One deployment per flow for its form, and one per scheduled cohort, whose runs never overlap."""
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+    from prefect.schedules import Cron
+
+    from flows.cohorts import nightly, preprocess_cohort, segment_cohort
+    from flows.reports import query_reports
+    from flows.training import train_model
+
+    on_demand = [flow.to_deployment("form") for flow in (nightly, segment_cohort, preprocess_cohort, train_model)]
+    answers = query_reports.to_deployment("form", description="Ask for volumes over all nights; answers with a table")
+    scheduled = [
+        nightly.to_deployment(
+            entry.cohort,
+            parameters={"cohort": entry.cohort, "model": entry.model},
+            schedule=Cron(entry.cron, timezone=timezone),
+            concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+        )
+        for entry in nightlies
+    ]
+    return [*on_demand, answers, *scheduled]

@@ -1,0 +1,116 @@
+"""Prefect tasks: one per stage over a batch of cases. Cases, keys and outcomes pass between them, never voxels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+from prefect import get_run_logger, task
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.cache_policies import NO_CACHE
+
+from flows.artifacts import artifact_key, night_markdown, volume_table
+from vnet_core.plan import Plan
+from workers import preprocess as preprocess_stage
+from workers.clusters import processors
+from workers.cohort import Case, Cohort, Entry, load_cohort
+from workers.ingest import Names, ingest
+from workers.ledger import Outcome, counts
+from workers.report import Night, night_id, night_ids, write_night
+from workers.segment import Job, SegmentPool
+from workers.store import Root
+
+PROGRESS_SECONDS = 2.0
+"""A progress artifact is updated at most this often."""
+
+
+class Progress:
+    """A progress bar in the UI over a known number of cases, and a log line for each case without a result."""
+
+    def __init__(self, key: str, total: int, description: str) -> None:
+        self._total, self._done, self._sent = total, 0, time.monotonic()
+        self._log = get_run_logger()
+        artifact = create_progress_artifact(progress=0.0, key=artifact_key(key), description=description)
+        assert isinstance(artifact, UUID)
+        self._artifact = artifact
+
+    def __call__(self, outcome: Outcome) -> None:
+        """Count one outcome."""
+        self._done += 1
+        if not outcome.done:
+            self._log.warning(
+                "%s %s: %s %s: %s", outcome.stage, outcome.case, outcome.state, ",".join(outcome.codes), outcome.message
+            )
+        self.show(self._done / self._total)
+
+    def show(self, share: float) -> None:
+        """Set the bar to a share of 0 .. 1."""
+        if share >= 1 or time.monotonic() - self._sent >= PROGRESS_SECONDS:
+            update_progress_artifact(self._artifact, progress=min(100.0, 100 * share))
+            self._sent = time.monotonic()
+
+
+def batches(cases: Sequence[Case], size: int) -> Iterator[Sequence[Case]]:
+    """Successive slices of at most ``size`` cases."""
+    return (cases[i : i + size] for i in range(0, len(cases), size))
+
+
+@task(name="ingest", cache_policy=NO_CACHE)
+def refresh_cohort(root: Root, name: str) -> list[Outcome]:
+    """Look through the cohort's sources again; new and changed files are read."""
+    cohort: Cohort = load_cohort(root, name)
+    with ThreadPoolExecutor(processors()) as executor:
+        _, outcomes = ingest(root, name, cohort.sources, executor, Names(cohort.channels, cohort.labels))
+    get_run_logger().info("%s: %s", name, counts(outcomes))
+    return outcomes
+
+
+@task(name="preprocess", cache_policy=NO_CACHE)
+def preprocess_batch(
+    root: Root, cases: Sequence[Case], plan: Plan, executor: Executor, on_outcome: Callable[[Outcome], None]
+) -> list[Outcome]:
+    """Preprocess a batch of cases on Dask."""
+    return preprocess_stage.preprocess(root, cases, plan, executor, on_outcome)
+
+
+@task(name="segment", cache_policy=NO_CACHE)
+def segment_batch(pool: SegmentPool, jobs: Sequence[Job], on_outcome: Callable[[Outcome], None]) -> list[Outcome]:
+    """Segment a batch of cases on the pool of Ray actors."""
+    return pool.run(jobs, on_outcome)
+
+
+@task(name="report", cache_policy=NO_CACHE)
+def report_night(
+    root: Root, cohort: str, model: str, started: datetime, outcomes: Sequence[Outcome], entries: Sequence[Entry]
+) -> Night:
+    """Write the night's tables and record, and its Markdown report and table of volumes as artifacts."""
+    taken = set(night_ids(root, cohort))
+    moment = started
+    while night_id(moment) in taken:
+        moment += timedelta(seconds=1)
+    night = Night(
+        id=night_id(moment),
+        cohort=cohort,
+        model=model,
+        started=started.isoformat(timespec="seconds"),
+        seconds=round((datetime.now(UTC) - started).total_seconds(), 1),
+        counts=counts(outcomes),
+    )
+    rows = write_night(root, night, outcomes, {entry.case.id: entry.case.patient for entry in entries})
+    create_markdown_artifact(
+        markdown=night_markdown(night, rows, lambda key: root.get(f"{key}/qc.png")),
+        key=artifact_key("night", cohort),
+        description=f"Cohort {cohort}, night {night.id}",
+    )
+    create_table_artifact(
+        table=volume_table(rows), key=artifact_key("volumes", cohort), description=f"Volumes of night {night.id}"
+    )
+    return night

@@ -1,0 +1,47 @@
+"""The inference benchmark still runs, and its agreement tells a right mask from a wrong one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("monai", reason="MONAI is a dependency of the benchmark only")
+
+from benchmarks.inference import agreement, dice, small, synthetic_image
+from vnet_core.inference import predict_logits, prepare
+from vnet_core.networks.vnet import build_vnet
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "inference.py"
+
+
+def test_it_runs(tmp_path):
+    output = tmp_path / "result.md"
+    command = [sys.executable, str(SCRIPT), "--small", "--runs", "1", "--output", str(output)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    text = output.read_text()
+    assert run.stdout.strip() == text.strip()
+    for part in ("| one pass |", "| MONAI sliding window |", "times** as long", "- command: `python benchmarks/infer"):
+        assert part in text
+
+
+def test_agreement():
+    plan = small(1).plan
+    network = build_vnet(plan.network, 1, plan.classes)
+    image = synthetic_image((8, 16, 16))
+    logits = predict_logits(prepare(network, torch.device("cpu"), torch.float32), image, plan)
+    right = logits.argmax(0).numpy()
+    assert 0.1 < right.mean() < 0.9
+    same, other = agreement(network, plan, [(image, right), (image, 1 - right)], roi=(8, 16, 16))
+    assert same.label == "structure"
+    assert same.peer == 1
+    assert same.ours == same.between > 0.95
+    assert other.peer == 0
+
+
+def test_dice_by_hand():
+    a = np.array([True, True, False, False])
+    assert dice(a, np.array([False, True, False, True])) == 0.5
+    assert dice(~a & a, ~a & a) == 1

@@ -1,0 +1,316 @@
+"""The local server, found, started, stopped, killed; its UI in a browser; runs asked for by form."""
+
+import http.server
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.server import ServerProcess, check_api, prefect_environment, running_server, start_server
+from tests.flows.browser import (
+    call_api,
+    open_artifact,
+    open_browser,
+    run_deployment_from_form,
+    screenshot,
+    wait_for_run,
+)
+from vnet_core.errors import EngineError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SERVE = """
+import os
+from prefect.flows import EntrypointType
+from flows.serving import serve_until_stopped
+from tests.flows.sample_flows import report, stall
+deployments = [flow.to_deployment("local", entrypoint_type=EntrypointType.MODULE_PATH) for flow in (report, stall)]
+serve_until_stopped(deployments, os.environ["PREFECT_API_URL"], grace_s=10)
+print("stopped")
+"""
+PRIVATE = """
+import json, os, sys
+from pathlib import Path
+from flows.server import local_api, prefect_environment
+home = Path(sys.argv[1])
+os.environ.update(prefect_environment(home))
+with local_api(home) as api:
+    os.environ["PREFECT_API_URL"] = api.url
+    from tests.flows.sample_flows import report, stall
+    api.wait_until_ready()
+    if sys.argv[2] == "stall":
+        stall(sys.argv[3])
+    state = report("demo", return_state=True)
+print(json.dumps({"state": state.name, "message": state.message, "server": api.server is not None}))
+"""
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    return {**os.environ, **prefect_environment(home), "PYTHONPATH": str(REPOSITORY), **more}
+
+
+def until(condition, timeout_s: float = 30):
+    """The first true value of ``condition()``."""
+    end = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.1)
+    return value
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    home = tmp_path_factory.mktemp("prefect")
+    with start_server(home, 0) as started:
+        with sqlite3.connect(home / "prefect.db") as source, sqlite3.connect(home / "empty.db") as copy:
+            source.backup(copy)
+        yield started
+
+
+@pytest.fixture
+def home(server: ServerProcess, tmp_path: Path) -> Path:
+    """A home with an empty database, whose tables would take seconds to make."""
+    (tmp_path / "home").mkdir()
+    shutil.copy(server.log_path.parent / "empty.db", tmp_path / "home" / "prefect.db")
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def served(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    home = tmp_path_factory.mktemp("runner")
+    env = environment(home, PREFECT_API_URL=server.api_url)
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVE], cwd=home, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        until(lambda: len(call_api(server.url, "/deployments/filter", {})) == 2 or process.poll() is not None)
+        yield process
+        process.kill()
+
+
+def test_environment_leaves_what_the_user_has_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_HOME", "/elsewhere")
+    monkeypatch.setenv("NO_PROXY", "example.org,127.0.0.1")
+    monkeypatch.setenv("no_proxy", "*")
+    result = prefect_environment(tmp_path)
+    assert "PREFECT_HOME" not in result
+    assert result["NO_PROXY"] == "example.org,127.0.0.1,localhost"
+    assert "no_proxy" not in result
+    monkeypatch.delenv("PREFECT_HOME")
+    assert prefect_environment(tmp_path)["PREFECT_HOME"] == str(tmp_path)
+
+
+def test_importing_the_module_does_not_import_prefect() -> None:
+    code = "import flows.server, sys; sys.exit('prefect' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=environment(REPOSITORY)).returncode == 0
+
+
+class Teapot(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_an_api_that_does_not_answer_is_named_in_time(server: ServerProcess) -> None:
+    check_api(server.api_url, 5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent_url = f"http://127.0.0.1:{silent.getsockname()[1]}/api"
+        began = time.monotonic()
+        with pytest.raises(EngineError, match=silent_url) as caught:
+            check_api(silent_url, 0.5)
+        assert time.monotonic() - began < 1.5
+        assert caught.value.code == "prefect.unreachable"
+    with pytest.raises(EngineError, match="refused"):
+        check_api(silent_url, 5)
+    with pytest.raises(EngineError, match="404"):
+        check_api(server.url, 5)
+    with pytest.raises(EngineError, match="unknown url type"):
+        check_api("nowhere:4200/api", 5)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Teapot) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        with pytest.raises(EngineError, match="no Prefect API"):
+            check_api(f"http://127.0.0.1:{other.server_port}/api", 5)
+        other.shutdown()
+
+
+def test_a_busy_port_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(EngineError, match=f"port {port} .*choose another") as caught:
+            start_server(tmp_path, port)
+    assert caught.value.code == "prefect.port-busy"
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_server_that_cannot_start_shows_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{tmp_path}/no/such/folder/x.db")
+    with pytest.raises(EngineError, match="unable to open database file") as caught:
+        start_server(tmp_path / "home", 0)
+    assert caught.value.code == "prefect.server-start"
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_running_server_is_found_and_a_stale_record_is_not(server: ServerProcess, tmp_path: Path) -> None:
+    home = server.log_path.parent
+    assert running_server(home) == server.api_url
+    assert running_server(tmp_path) is None
+    (tmp_path / "servers").mkdir()
+    (record,) = (home / "servers").glob("*.json")
+    reused = json.loads(record.read_text()) | {"started": 1.0}
+    (tmp_path / "servers" / "1.json").write_text(json.dumps(reused))
+    (tmp_path / "servers" / "2.json").write_text("{")
+    assert running_server(tmp_path) is None
+
+
+def test_pages_of_other_sites_cannot_use_the_api(server: ServerProcess) -> None:
+    host, port = "127.0.0.1", int(server.url.rpartition(":")[2])
+
+    def ask(request: str, *headers: str) -> str:
+        with socket.create_connection((host, port)) as connection:
+            lines = [f"{request} HTTP/1.1", *headers]
+            connection.sendall(("\r\n".join(lines) + "\r\n\r\n").encode())
+            return connection.recv(4096).decode().partition("\r\n")[0]
+
+    here, stranger = f"Host: {host}:{port}", "Origin: http://example.org"
+    assert " 200 " in ask("GET /api/admin/version", here)
+    assert " 200 " in ask("GET /api/admin/version", here, f"Origin: http://{host}:{port}")
+    assert " 403 " in ask("GET /api/admin/version", here, stranger)
+    preflight = "Access-Control-Request-Method: POST"
+    assert " 403 " in ask("OPTIONS /api/flow_runs/filter", here, stranger, preflight)
+    socket_headers = (
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+        "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
+    )
+    assert " 101 " in ask("GET /api/events/in", here, *socket_headers)
+    assert " 403 " in ask("GET /api/events/in", here, stranger, *socket_headers)
+    assert " 400 " in ask("GET /api/admin/version", "Host: rebound.example.org")
+
+
+def test_a_stopped_server_leaves_nothing(home: Path) -> None:
+    server = start_server(home, 0)
+    port = int(server.url.rpartition(":")[2])
+    assert running_server(home) == server.api_url
+    server.stop()
+    assert not server.alive
+    assert [p.pid for p in psutil.process_iter() if os.getpgid(p.pid) == server.pid] == []
+    assert running_server(home) is None
+    with socket.create_server(("127.0.0.1", port)):
+        server.stop()  # harmless
+
+
+def test_a_private_server_ends_with_its_process_and_the_next_one_closes_its_run(home: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    command = [sys.executable, "-c", PRIVATE, str(home)]
+    env = environment(home)
+    with subprocess.Popen([*command, "stall", str(marker)], env=env, stderr=subprocess.DEVNULL) as killed:
+        until(lambda: marker.exists() and marker.read_text())
+        (record,) = (home / "servers").glob("*.json")
+        assert running_server(home) is None  # private
+        killed.send_signal(signal.SIGKILL)
+    psutil.Process(int(marker.read_text())).kill()
+    until(lambda: gone(json.loads(record.read_text())["pid"]))
+
+    again = subprocess.run([*command, "report"], env=env, capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout) == {
+        "state": "CompletedWithFailures",
+        "message": "1 of 3 cases failed",
+        "server": True,
+    }
+    with start_server(home, 0) as server:
+        runs = call_api(server.url, "/flow_runs/filter", {"sort": "START_TIME_ASC"})
+        assert [run["state_name"] for run in runs] == ["Crashed", "CompletedWithFailures"]
+        tasks = call_api(server.url, "/task_runs/filter", {})
+        assert {task["state_name"] for task in tasks} == {"Completed"}
+        assert len(tasks) == 3
+        assert len(call_api(server.url, "/artifacts/filter", {})) == 2
+        logged = call_api(server.url, "/logs/filter", {"logs": {"flow_run_id": {"any_": [runs[1]["id"]]}}})
+        assert any("Finished in state CompletedWithFailures" in line["message"] for line in logged)
+        shared = subprocess.run([*command, "report"], env=env, capture_output=True, text=True, check=True)
+        assert json.loads(shared.stdout)["server"] is False
+        assert len(call_api(server.url, "/flow_runs/filter", {})) == 3
+
+
+@pytest.mark.browser
+def test_a_form_runs_a_deployment_and_its_artifacts_show(server: ServerProcess, served: subprocess.Popen[str]) -> None:
+    with open_browser() as page:
+        sent: list[str] = []
+        refused: list[str] = []
+        page.on("requestfinished", lambda request: sent.append(request.url))
+        page.on("requestfailed", lambda request: sent.append(request.url) if request.failure != "csp" else None)
+        page.on("console", lambda message: refused.append(message.text) if "Content Security" in message.text else None)
+        fields = {"cohort": "liver", "Preset": "vnet", "Labels": ["spleen", "aorta"], "Cases": 4, "Pictures": True}
+        run_id = run_deployment_from_form(page, server.url, "sample-report/local", fields)
+        run = wait_for_run(server.url, run_id)
+        assert run["parameters"] == {
+            "cohort": "liver",
+            "settings": {"preset": "vnet", "labels": ["spleen", "aorta"], "cases": 4, "pictures": True},
+        }
+        assert (run["state_type"], run["state_name"]) == ("COMPLETED", "CompletedWithFailures")
+
+        page.goto(f"{server.url}/v2/runs/flow-run/{run_id}")
+        page.get_by_text("CompletedWithFailures").first.wait_for()
+
+        artifact = open_artifact(page, server.url, "sample-volumes")
+        assert artifact["flow_run_id"] == run_id
+        headings = page.get_by_role("columnheader").all_inner_texts()
+        assert headings == ["case", "label", "model", "volume_ml"]
+        assert page.get_by_role("row").nth(3).get_by_role("cell").all_inner_texts() == [
+            "liver-1",
+            "spleen",
+            "vnet",
+            "1.5",
+        ]
+
+        open_artifact(page, server.url, "sample-report")
+        assert page.get_by_role("heading", name="Night of liver").is_visible()
+        assert page.get_by_role("cell", name="1.5").is_visible()
+        size = "img => [img.naturalWidth, img.naturalHeight]"
+        assert page.get_by_alt_text("overlay").evaluate(size) == [64, 48]
+        assert page.get_by_alt_text("outside").evaluate(size) == [0, 0]
+        screenshot(page, "sample-report")
+        assert [url for url in sent if not url.startswith((server.url, "data:", "blob:"))] == []
+        assert all("amplitude" in text or "198.51.100.1" in text for text in refused), refused
+
+
+def test_serving_stops_runs_in_good_order(server: ServerProcess, served: subprocess.Popen[str], tmp_path: Path) -> None:
+    deployment = call_api(server.url, "/deployments/name/sample-stall/local")
+    marker = tmp_path / "marker"
+    asked = {"parameters": {"marker": str(marker)}, "state": {"type": "SCHEDULED"}}
+    run = call_api(server.url, f"/deployments/{deployment['id']}/create_flow_run", asked)
+    until(lambda: marker.exists() and marker.read_text())
+    family = psutil.Process(served.pid).children(recursive=True)
+    grandchild = int(marker.read_text())
+    assert grandchild in [process.pid for process in family]
+
+    served.send_signal(signal.SIGTERM)
+    out, err = served.communicate(timeout=30)
+
+    assert (served.returncode, out) == (0, "stopped\n"), err
+    assert marker.read_text() == f"{grandchild}\ncleaned\n"
+    assert all(gone(process.pid) for process in family)
+    ended = call_api(server.url, f"/flow_runs/{run['id']}")
+    assert (ended["state_name"], ended["state"]["message"]) == (
+        "Crashed",
+        "Execution was aborted by a termination signal.",
+    )
+    schedules_paused = call_api(server.url, "/deployments/name/sample-stall/local")["paused"]
+    assert schedules_paused is False

@@ -1,0 +1,281 @@
+"""To the network's grid and back: what comes back, what is refused, and intensities by hand."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+from vnet_core.errors import ScanError
+from vnet_core.geometry import CANONICAL_DIRECTION, Geometry, matrix_of, same_grid, to_canonical, world_mm
+from vnet_core.plan import PreprocessPlan
+from vnet_core.preprocess import check_label_grid, foreground_box, normalise, prepare, restore
+from vnet_core.volume import Volume
+
+TILTED = Rotation.from_euler("zyx", [20, -35, 50], degrees=True).as_matrix()
+GRIDS = {
+    "axial": (CANONICAL_DIRECTION, (1.0, 1.0, 1.0)),
+    "sagittal": ([[1, 0, 0], [0, 0, 1], [0, -1, 0]], (1.0, 1.2, 1.4)),
+    "flipped": ([[0, 0, -1], [0, -1, 0], [-1, 0, 0]], (1.2, 1.0, 0.9)),
+    "oblique": (TILTED, (1.0, 0.9, 1.1)),
+    "mirrored-oblique": (TILTED[:, ::-1] * [1, 1, -1], (1.3, 0.9, 1.1)),
+    "anisotropic": (CANONICAL_DIRECTION, (2.5, 0.6, 0.7)),
+}
+WHOLE = (1.0, 1.0, 1.0)
+
+
+def ball_in_noise(direction, spacing_mm) -> tuple[Volume, Volume]:
+    """A scan of about 36 mm with an empty border, and its labels: a ball of 10 mm radius (3) and a core (1)."""
+    shape = tuple(round(36 / s) for s in spacing_mm)
+    geometry = Geometry(shape, spacing_mm, (7.0, -20.0, 3.5), matrix_of(direction))
+    indices = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    places = world_mm(geometry, indices)
+    centre = world_mm(geometry, (np.array(shape) - 1) / 2 + [1.0, -1.3, 0.6])
+    distance_mm = np.linalg.norm(places - centre, axis=-1)
+    label = np.where(distance_mm < 5, 1, np.where(distance_mm < 10, 3, 0)).astype(np.uint8)
+    image = np.random.default_rng(0).uniform(1, 2, shape).astype(np.float32) + label
+    for axis, margin in enumerate((2, 1, 3)):
+        border = np.moveaxis(image, axis, 0)
+        border[:margin] = border[-1:] = 0.0
+    return Volume(image[None], geometry), Volume(label[None], geometry)
+
+
+def one_hot_logits(label: np.ndarray, values=(0, 1, 3)) -> torch.Tensor:
+    """A network that is sure of every voxel: classes 0, 1, 2 of the label values."""
+    return torch.from_numpy(np.stack([20.0 * (label == v) for v in values]).astype(np.float32))
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return 2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b))
+
+
+# --- there and back
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_label_comes_back_voxel_for_voxel_at_the_scans_own_spacing(name):
+    image, label = ball_in_noise(*GRIDS[name])
+    plan = PreprocessPlan(spacing_mm=to_canonical(image.geometry)[1].spacing_mm)
+    prepared = prepare(image, label, plan)
+    assert prepared.label.size < label.labels.size, "the empty border was not cut off"
+    classes = restore(one_hot_logits(prepared.label), prepared.geometry, image.geometry)
+    np.testing.assert_array_equal(np.array([0, 1, 3])[classes], label.labels)
+    assert classes.flags.c_contiguous
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("spacing_mm", [(1.3, 1.3, 1.3), (2.0, 0.8, 1.1)])
+def test_a_label_comes_back_nearly_at_another_spacing(name, spacing_mm):
+    image, label = ball_in_noise(*GRIDS[name])
+    prepared = prepare(image, label, PreprocessPlan(spacing_mm=spacing_mm))
+    assert prepared.geometry.spacing_mm == spacing_mm
+    classes = restore(one_hot_logits(prepared.label), prepared.geometry, image.geometry)
+    assert classes.shape == label.labels.shape
+    for index, value in ((1, 1), (2, 3)):
+        assert dice(classes == index, label.labels == value) > 0.9
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_marked_voxel_keeps_its_world_point(name):
+    """The image and its label by world position alone, without the way back."""
+    image, label = ball_in_noise(*GRIDS[name])
+    image.voxels[label.voxels == 1] = 50.0
+    prepared = prepare(image, label, PreprocessPlan(spacing_mm=to_canonical(image.geometry)[1].spacing_mm))
+    core = np.argwhere(label.labels == 1)
+    for values in (prepared.label == 1, prepared.image[0] > 5):
+        found = world_mm(prepared.geometry, np.argwhere(values).mean(axis=0))
+        np.testing.assert_allclose(found, world_mm(image.geometry, core.mean(axis=0)), atol=1e-6)
+
+
+def test_what_was_cropped_away_is_background():
+    geometry = Geometry((4, 5, 6), WHOLE, (0.0, 0.0, 0.0))
+    voxels = np.zeros((1, 4, 5, 6), np.float32)
+    voxels[0, 1:3, 2:4, 1:5] = np.arange(1, 17).reshape(2, 2, 4)
+    prepared = prepare(Volume(voxels, geometry), None, PreprocessPlan(spacing_mm=WHOLE))
+    assert prepared.geometry.shape == (2, 2, 4)
+    everywhere = torch.zeros(2, 2, 2, 4)
+    everywhere[1] = 1.0
+    expected = np.zeros((4, 5, 6), np.uint8)
+    expected[1:3, 2:4, 1:5] = 1
+    np.testing.assert_array_equal(restore(everywhere, prepared.geometry, geometry), expected)
+
+
+@pytest.mark.parametrize("spacing_mm", [(4.0, 4.0, 4.0), (3.0, 3.0, 3.0), (1.5, 1.5, 1.5), (0.7, 0.7, 0.7)])
+def test_a_structure_that_reaches_the_edge_of_the_scan_reaches_it_again(spacing_mm):
+    """Else it would not be told as cut off by the edge."""
+    geometry = Geometry((10, 11, 13), WHOLE, (0.0, 0.0, 0.0))
+    image = Volume(np.random.default_rng(0).uniform(1, 2, (1, 10, 11, 13)).astype(np.float32), geometry)
+    prepared = prepare(image, None, PreprocessPlan(spacing_mm=spacing_mm, crop_foreground=False))
+    everywhere = torch.zeros(2, *prepared.geometry.shape)
+    everywhere[1] = 1.0
+    assert restore(everywhere, prepared.geometry, geometry).all()
+
+
+def test_without_crop_the_whole_scan_is_prepared():
+    image, label = ball_in_noise(CANONICAL_DIRECTION, WHOLE)
+    prepared = prepare(image, label, PreprocessPlan(spacing_mm=WHOLE, crop_foreground=False))
+    assert same_grid(prepared.geometry, image.geometry)
+    np.testing.assert_array_equal(prepared.label, label.labels)
+
+
+def test_prepare_changes_neither_image_nor_label():
+    image, label = ball_in_noise(CANONICAL_DIRECTION, WHOLE)
+    before = image.voxels.copy(), label.voxels.copy()
+    for intensity in ("zscore", "window"):
+        prepared = prepare(image, label, PreprocessPlan(spacing_mm=WHOLE, intensity=intensity, crop_foreground=False))
+        prepared.label[:] = 9
+        prepared.image[:] = 9
+    np.testing.assert_array_equal(image.voxels, before[0])
+    np.testing.assert_array_equal(label.voxels, before[1])
+
+
+def test_what_comes_out_is_contiguous_float32_and_the_labels_dtype():
+    image, label = ball_in_noise(*GRIDS["sagittal"])
+    integers = Volume((image.voxels * 100).astype(np.int16), image.geometry)
+    wide = Volume(label.voxels.astype(np.uint16) * 100, label.geometry)
+    prepared = prepare(integers, wide, PreprocessPlan(spacing_mm=(1.3, 1.3, 1.3)))
+    assert prepared.image.dtype == np.float32
+    assert prepared.image.flags.c_contiguous
+    assert prepared.label.dtype == np.uint16
+    assert set(np.unique(prepared.label)) == {0, 100, 300}
+    assert prepared.label.shape == prepared.image.shape[1:] == prepared.geometry.shape
+
+
+def test_a_case_without_label():
+    image, _ = ball_in_noise(CANONICAL_DIRECTION, WHOLE)
+    assert prepare(image, None, PreprocessPlan()).label is None
+
+
+# --- the foreground
+
+
+def test_the_foreground_box_by_hand():
+    voxels = np.full((1, 4, 5, 6), -1000)
+    voxels[0, 1, 2, 3] = -999
+    voxels[0, 2, 4, 3] = 5
+    assert foreground_box(voxels) == ((1, 2, 3), (3, 5, 4))
+
+
+def test_a_voxel_that_any_channel_sees_is_foreground():
+    voxels = np.zeros((2, 4, 5, 6))
+    voxels[0, 1, 1, 1] = 1
+    voxels[1] = 7  # a minimum of its own
+    voxels[1, 3, 3, 3] = 8
+    assert foreground_box(voxels) == ((1, 1, 1), (4, 4, 4))
+
+
+@pytest.mark.parametrize("value", [0, -1024, 3.5])
+def test_a_constant_scan_is_refused_with_its_value(value):
+    voxels = np.full((1, 3, 3, 3), value, np.float32)
+    geometry = Geometry((3, 3, 3), WHOLE, (0.0, 0.0, 0.0))
+    for attempt in (
+        lambda: foreground_box(voxels),
+        lambda: normalise(voxels, PreprocessPlan()),
+        lambda: prepare(Volume(voxels, geometry), None, PreprocessPlan()),
+        lambda: prepare(Volume(voxels, geometry), None, PreprocessPlan(crop_foreground=False)),
+    ):
+        with pytest.raises(ScanError) as caught:
+            attempt()
+        assert caught.value.code == "scan.constant"
+        assert str(value) in str(caught.value)
+
+
+def test_one_constant_channel_is_named():
+    voxels = np.zeros((2, 3, 3, 3), np.float32)
+    voxels[0] = np.arange(27).reshape(3, 3, 3)
+    with pytest.raises(ScanError, match="channel 1 has the value 0.0 everywhere"):
+        normalise(voxels, PreprocessPlan())
+
+
+def test_a_bright_block_in_air_is_no_constant_scan():
+    geometry = Geometry((5, 5, 5), WHOLE, (0.0, 0.0, 0.0))
+    voxels = np.zeros((1, 5, 5, 5), np.uint8)
+    voxels[0, 1:4, 1:4, 1:4] = 255
+    prepared = prepare(Volume(voxels, geometry), None, PreprocessPlan(spacing_mm=WHOLE))
+    assert np.isfinite(prepared.image).all()
+
+
+# --- intensities
+
+
+def test_z_scores_by_hand():
+    # above the minimum of 0 are 2, 4 and 6: mean 4, standard deviation sqrt(8 / 3)
+    voxels = np.array([0, 2, 4, 6], np.int16).reshape(1, 1, 1, 4)
+    expected = (np.array([0, 2, 4, 6]) - 4) / np.sqrt(8 / 3)
+    np.testing.assert_allclose(normalise(voxels, PreprocessPlan())[0, 0, 0], expected, rtol=1e-6)
+
+
+def test_every_channel_has_its_own_scale():
+    first = np.random.default_rng(0).normal(100, 5, (6, 7, 8))
+    result = normalise(np.stack([first, 1e4 * first + 3e6]), PreprocessPlan())
+    np.testing.assert_allclose(result[0], result[1], atol=1e-3)
+    inside = result[0][first > first.min()]
+    assert inside.mean() == pytest.approx(0, abs=1e-5)
+    assert inside.std() == pytest.approx(1, abs=1e-5)
+
+
+def test_statistics_are_exact_on_large_offsets():
+    """float32 sums of a million voxels around 60 000 would be off by more than the deviation of 1."""
+    voxels = np.random.default_rng(0).normal(60_000, 1, (1, 100, 100, 100)).astype(np.float32)
+    result = normalise(voxels, PreprocessPlan())
+    assert abs(float(result.mean(dtype=np.float64))) < 1e-3
+    assert float(result.std(dtype=np.float64)) == pytest.approx(1, abs=1e-3)
+
+
+def test_two_values_keep_their_step():
+    voxels = np.array([3, 5, 5, 3], np.uint8).reshape(1, 1, 1, 4)
+    np.testing.assert_allclose(normalise(voxels, PreprocessPlan())[0, 0, 0], [-2, 0, 0, -2])
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32, np.float64])
+def test_a_window_by_hand(dtype):
+    voxels = np.array([-2000, -160, 40, 240, 3000], dtype).reshape(1, 1, 1, 5)
+    result = normalise(voxels, PreprocessPlan(intensity="window", window=(-160, 240)))
+    np.testing.assert_allclose(result[0, 0, 0], [-1, -1, 0, 1, 1], atol=1e-6)
+    assert result.dtype == np.float32
+
+
+def test_a_window_below_zero_on_unsigned_voxels():
+    voxels = np.array([0, 250], np.uint8).reshape(1, 1, 1, 2)
+    result = normalise(voxels, PreprocessPlan(intensity="window", window=(-1000, 1000)))
+    np.testing.assert_allclose(result[0, 0, 0], [0, 0.25], atol=1e-6)
+
+
+def test_the_crop_does_not_move_the_scale():
+    """Voxels at the volume's minimum are left out; the smallest voxel of a full box is not one of them."""
+    geometry = Geometry((3, 3, 4), WHOLE, (0.0, 0.0, 0.0))
+    voxels = np.zeros((1, 3, 3, 4), np.int16)
+    voxels[0, 1, 1, 1:3] = [100, 200]
+    expected = {}
+    for crop in (False, True):
+        plan = PreprocessPlan(spacing_mm=WHOLE, crop_foreground=crop)
+        image = prepare(Volume(voxels, geometry), None, plan).image[0]
+        expected[crop] = image if crop else image[1:2, 1:2, 1:3]
+    np.testing.assert_allclose(expected[True][0, 0], [-1, 1], atol=1e-6)
+    np.testing.assert_allclose(expected[True], expected[False], atol=1e-6)
+
+
+# --- the label's grid
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        (Geometry((3, 4, 6), (2.0, 1.0, 0.5), (1.0, 2.0, 3.0)), ["(3, 4, 6)", "(3, 4, 5)"]),
+        (Geometry((3, 4, 5), (2.5, 1.0, 0.5), (1.0, 2.0, 3.0)), ["(2.5, 1, 0.5) mm", "(2, 1, 0.5) mm"]),
+        (Geometry((3, 4, 5), (2.0, 1.0, 0.5), (1.0, 2.5, 3.0)), ["(1, 2.5, 3) mm", "(1, 2, 3) mm"]),
+    ],
+)
+def test_a_label_on_another_grid_is_refused_with_both_grids(label, words):
+    image = Geometry((3, 4, 5), (2.0, 1.0, 0.5), (1.0, 2.0, 3.0))
+    with pytest.raises(ScanError) as caught:
+        check_label_grid(image, label)
+    assert caught.value.code == "label.grid"
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    voxels = np.random.default_rng(0).normal(size=(1, *image.shape)), np.zeros((1, *label.shape), np.uint8)
+    with pytest.raises(ScanError, match="export the label"):
+        prepare(Volume(voxels[0], image), Volume(voxels[1], label), PreprocessPlan())
+
+
+def test_a_label_whose_header_was_rounded_is_accepted():
+    image = Geometry((3, 4, 5), (2.0, 1.0, 0.5), (1.0, 2.0, 3.0))
+    check_label_grid(image, Geometry((3, 4, 5), (2.001, 1.0, 0.5), (1.004, 2.0, 3.0)))

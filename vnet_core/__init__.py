@@ -1,0 +1,1 @@
+"""Pure functions: the numbers of V-Net and of what surrounds it. No file, network, clock or engine."""

@@ -1,0 +1,476 @@
+"""Pictures of results as PNG bytes: a quality-control sheet of a mask, and curves."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+from vnet_core.geometry import Geometry, Reorientation
+from vnet_core.plan import Label
+from vnet_core.volume import Volume, canonical
+
+ROWS = 4
+"""Largest number of labels that get a row of their own, by volume."""
+
+MAX_BYTES = 150_000
+"""Largest picture; grey levels and then size are given up to stay below it."""
+
+COLOURS = ("#E69F00", "#56B4E9", "#F0E442", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
+"""Okabe and Ito's colours for every kind of colour vision, in the order in which labels take them."""
+
+
+_ON_WHITE = (6, 0, 4, 3, 5, 1, 2)
+"""The order in which curves take the colours, those that stand out from white first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Plane:
+    """How one plane of a canonical volume is shown: rows downwards, columns to the right."""
+
+    name: str
+    axis: int
+    """Canonical array axis that the plane is cut across."""
+    rows: int
+    columns: int
+    flip_rows: bool
+    letters: str
+    """Sides of the patient at the left, right, top and bottom of the picture."""
+
+
+# canonical axes run to head, back and left; the patient's right is shown on the left, head or front on top
+_PLANES = (
+    _Plane("axial", 0, 1, 2, False, "RLAP"),
+    _Plane("coronal", 1, 0, 2, True, "RLSI"),
+    _Plane("sagittal", 2, 0, 1, True, "APSI"),
+)
+
+
+_STYLES = ((236, (64, 40, 26)), (200, (24, 16)), (150, (16,)), (110, (12,)))
+"""Pixels along a panel's longer side and numbers of greys to try, from the best picture to the smallest."""
+
+_ALPHAS = 4
+_UNDER = 6
+"""A line pixel is one of ``_ALPHAS`` opacities over one of ``_UNDER`` greys, so that 256 colours hold smooth lines."""
+
+_BACKGROUND, _FAINT, _TEXT = 24, 150, 235
+_GUTTER_PX, _CAPTION_PX, _HEADER_PX, _LEGEND_PX, _MARGIN_PX = 18, 28, 28, 212, 14
+_CELL_PX = 228
+"""Least width of a panel with its gutters, so that the caption fits below."""
+_FINE = 3
+"""Outlines are drawn this many times finer than the picture and averaged."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Structure:
+    """A label that the volume holds."""
+
+    label: Label
+    colour: int
+    """Index into COLOURS."""
+    voxels: int
+    cut: bool
+    """Whether it reaches a face of the grid."""
+    largest: tuple[int, int, int]
+    """Per canonical axis, the slice in which most of its voxels lie."""
+
+
+def qc_picture(image_ZYX: np.ndarray, labels_ZYX: np.ndarray, geometry: Geometry, labels: Sequence[Label]) -> bytes:
+    """A sheet for judging a mask by eye: PNG, at most MAX_BYTES.
+
+    ``image_ZYX``: any real dtype (Z, Y, X); ``labels_ZYX``: integers (Z, Y, X), both on ``geometry``. One row per label
+    with voxels, the ROWS largest by volume in descending order, or one row through the middle when there is none. A row
+    shows axial, coronal and sagittal slices (of the grid turned to the body's axes without interpolation) in which the
+    label has most voxels: the patient's right on the left, head or front on top. All labels are outlined, the
+    row's own with a thicker line. The captions give the index along the source's array axis, as reports do.
+    Intensities between the 1st and 99th percentile are shown as grey; proportions are those in millimetres.
+    Raises ScanError ``scan.shape`` when an array does not fit the grid.
+    """
+    image, turn = canonical(Volume(image_ZYX[None], geometry))
+    mask, _ = canonical(Volume(labels_ZYX[None], geometry))
+    sheet = _Sheet(
+        image_ZYX=image.voxels[0],
+        labels_ZYX=mask.labels,
+        geometry=image.geometry,
+        source=geometry,
+        turn=turn,
+        window=_window(image.voxels[0]),
+        labels=labels,
+        structures=_structures(mask.labels, labels),
+    )
+    png = b""
+    for panel_px, numbers_of_greys in _STYLES:
+        canvas = _render(sheet, panel_px)
+        for greys in numbers_of_greys:
+            png = canvas.png(greys)
+            if len(png) <= MAX_BYTES:
+                return png
+    return png
+
+
+def curve_picture(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, title: str) -> bytes:
+    """Lines over a common x axis as PNG; ``series`` maps names to (x, y) points, drawn in their order.
+
+    Points that are not finite leave a gap. The same series give the same bytes with one version of matplotlib.
+    """
+    figure = Figure(figsize=(7.2, 4.0), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for i, (name, points) in enumerate(series.items()):
+        xy = np.asarray(points, float).reshape(-1, 2)
+        colour = COLOURS[_ON_WHITE[i % len(COLOURS)]]
+        marker = "o" if len(xy) <= 30 else ""
+        axes.plot(xy[:, 0], xy[:, 1], color=colour, linewidth=1.8, marker=marker, markersize=4, label=name)
+    axes.set_title(title, loc="left", fontsize=12)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]))
+    axes.grid(color="#dddddd", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    if series:
+        axes.legend(frameon=False)
+    out = io.BytesIO()
+    # matplotlib writes its version into the file unless told not to
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sheet:
+    """Everything that a quality-control picture shows, before its size is decided."""
+
+    image_ZYX: np.ndarray
+    """Canonical, as are ``labels_ZYX`` and ``geometry``."""
+    labels_ZYX: np.ndarray
+    geometry: Geometry
+    source: Geometry
+    turn: Reorientation
+    """From the source's axes to the canonical ones."""
+    window: tuple[float, float]
+    labels: Sequence[Label]
+    structures: Sequence[_Structure]
+    """By descending volume."""
+
+    def rows(self) -> list[tuple[_Structure | None, tuple[int, int, int]]]:
+        """The structure of each row and the canonical slices that show it."""
+        if not self.structures:
+            z, y, x = (n // 2 for n in self.geometry.shape)
+            return [(None, (z, y, x))]
+        return [(s, s.largest) for s in self.structures[:ROWS]]
+
+    def extent_mm(self, plane: _Plane) -> tuple[float, float]:
+        """Height and width of a plane."""
+        shape, spacing = self.geometry.shape, self.geometry.spacing_mm
+        return shape[plane.rows] * spacing[plane.rows], shape[plane.columns] * spacing[plane.columns]
+
+    def panel_px(self, plane: _Plane, limit_px: int) -> tuple[int, int]:
+        """Height and width of a plane's panel.
+
+        The planes share one scale, except that a panel is never smaller than half of the limit.
+        """
+        largest_mm = max(n * s for n, s in zip(self.geometry.shape, self.geometry.spacing_mm, strict=True))
+        height_mm, width_mm = self.extent_mm(plane)
+        px_per_mm = max(limit_px / largest_mm, limit_px / 2 / max(height_mm, width_mm))
+        return max(1, round(height_mm * px_per_mm)), max(1, round(width_mm * px_per_mm))
+
+
+def _window(image_ZYX: np.ndarray) -> tuple[float, float]:
+    """1st and 99th percentile, from at most a few million voxels on a regular lattice."""
+    step = max(1, round((image_ZYX.size / 2e6) ** (1 / 3)))
+    sample = image_ZYX[::step, ::step, ::step].astype(np.float64)
+    finite = sample[np.isfinite(sample)]
+    if not finite.size:
+        return 0.0, 1.0
+    low, high = (float(v) for v in np.percentile(finite, (1, 99)))
+    if high > low:
+        return low, high
+    low, high = float(finite.min()), float(finite.max())
+    return (low, high) if high > low else (low - 1.0, low + 1.0)
+
+
+def _structures(labels_ZYX: np.ndarray, labels: Sequence[Label]) -> list[_Structure]:
+    boxes = ndimage.find_objects(labels_ZYX, max_label=max((label.value for label in labels), default=1))
+    found = []
+    for i, label in enumerate(labels):
+        box = boxes[label.value - 1]
+        if box is None:
+            continue
+        inside = labels_ZYX[box] == label.value
+        z, y, x = (box[a].start + int(np.count_nonzero(inside, axis=tuple({0, 1, 2} - {a})).argmax()) for a in range(3))
+        cut = any(s.start == 0 or s.stop == n for s, n in zip(box, labels_ZYX.shape, strict=True))
+        found.append(_Structure(label, i % len(COLOURS), int(np.count_nonzero(inside)), cut, (z, y, x)))
+    return sorted(found, key=lambda s: -s.voxels)
+
+
+class _Canvas:
+    """Greys with coloured lines on top, held so that the final 256 colours are known beforehand."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self.grey = Image.new("L", (width, height), _BACKGROUND)
+        self.opacity = np.zeros((height, width), np.uint8)
+        self.colour = np.zeros((height, width), np.uint8)
+        self._draw = ImageDraw.Draw(self.grey)
+
+    def text(self, x: float, y: float, text: str, anchor: str = "lm", *, level: int = _TEXT, size: int = 13) -> None:
+        """Text anchored at a point, in Pillow's two letters."""
+        self._draw.text((x, y), text, fill=level, font=ImageFont.load_default(size), anchor=anchor)
+
+    def text_px(self, text: str, size: int = 13) -> float:
+        """Width of a text."""
+        return self._draw.textlength(text, font=ImageFont.load_default(size))
+
+    def rule(self, x0: int, x1: int, y: int, *, ticks_px: int = 0) -> None:
+        """A horizontal line with end ticks."""
+        self._draw.line((x0, y, x1, y), fill=_TEXT, width=2)
+        for x in (x0, x1):
+            self._draw.line((x, y - ticks_px, x, y + ticks_px), fill=_TEXT, width=2)
+
+    def swatch(self, x: int, y: int, colour: int) -> None:
+        """A filled square centred at a height."""
+        self.opacity[y - 5 : y + 6, x : x + 11] = 255
+        self.colour[y - 5 : y + 6, x : x + 11] = colour
+
+    def outline(self, x: int, y: int, opacity: np.ndarray, colour: int) -> None:
+        """Line opacities 0 to 255 (H, W); a pixel that two lines share takes the colour of the more opaque one."""
+        window = (slice(y, y + opacity.shape[0]), slice(x, x + opacity.shape[1]))
+        over = (opacity > 0) & (opacity >= self.opacity[window])
+        self.opacity[window][over] = opacity[over]
+        self.colour[window][over] = colour
+
+    def png(self, greys: int) -> bytes:
+        """The picture with that many greys."""
+        grey = np.asarray(self.grey, np.float32) / 255
+        alpha = np.rint(self.opacity / 255 * _ALPHAS).astype(int)
+        under = np.rint(grey * (_UNDER - 1)).astype(int)
+        per_colour = _ALPHAS * _UNDER
+        line = greys + (self.colour.astype(int) * _ALPHAS + alpha - 1) * _UNDER + under
+        index = np.where(alpha > 0, line, np.rint(grey * (greys - 1)).astype(int))
+        palette = np.zeros((greys + len(COLOURS) * per_colour, 3))
+        palette[:greys] = np.linspace(0, 255, greys)[:, None]
+        for c, name in enumerate(COLOURS):
+            rgb = np.array([int(name[i : i + 2], 16) for i in (1, 3, 5)])
+            for a in range(_ALPHAS):
+                share = (a + 1) / _ALPHAS
+                blend = share * rgb + (1 - share) * np.linspace(0, 255, _UNDER)[:, None]
+                start = greys + c * per_colour + a * _UNDER
+                palette[start : start + _UNDER] = blend
+        assert len(palette) <= 256
+        picture = Image.fromarray(index.astype(np.uint8), "P")
+        picture.putpalette(np.rint(palette).astype(np.uint8).tobytes())
+        out = io.BytesIO()
+        picture.save(out, "PNG", optimize=True)
+        return out.getvalue()
+
+
+def _render(sheet: _Sheet, limit_px: int) -> _Canvas:
+    rows = sheet.rows()
+    panels = [sheet.panel_px(plane, limit_px) for plane in _PLANES]
+    cells = [max(width + 2 * _GUTTER_PX, _CELL_PX) for _, width in panels]
+    body = max(height for height, _ in panels) + 2 * _GUTTER_PX
+    row_px = _HEADER_PX + body + _CAPTION_PX
+    height = max(len(rows) * row_px, 190) + 2 * _MARGIN_PX
+    canvas = _Canvas(height, sum(cells) + _LEGEND_PX + 3 * _MARGIN_PX)
+    for r, (structure, indices) in enumerate(rows):
+        top = _MARGIN_PX + r * row_px
+        _draw_heading(canvas, _MARGIN_PX, top + _HEADER_PX // 2, sheet, structure)
+        left = _MARGIN_PX
+        for plane, (height_px, width_px), cell in zip(_PLANES, panels, cells, strict=True):
+            x = left + (cell - width_px) // 2
+            y = top + _HEADER_PX + (body - height_px) // 2
+            _draw_panel(canvas, (x, y, width_px, height_px), sheet, plane, indices, structure)
+            _draw_caption(canvas, (left, top + _HEADER_PX + body, cell), sheet, plane, indices, width_px)
+            left += cell
+    _draw_legend(canvas, left + 2 * _MARGIN_PX, height, sheet)
+    return canvas
+
+
+def _draw_heading(canvas: _Canvas, x: int, y: int, sheet: _Sheet, structure: _Structure | None) -> None:
+    if structure is None:
+        canvas.text(x, y, "no label has a voxel; slices through the middle", size=15)
+        return
+    canvas.swatch(x, y, structure.colour)
+    name = _shortened(canvas, structure.label.name, 320, size=15)
+    canvas.text(x + 18, y, name, size=15)
+    note = _volume(structure, sheet.geometry) + (", cut by the edge of the image" if structure.cut else "")
+    canvas.text(x + 18 + canvas.text_px(name, 15) + 14, y, note, level=_FAINT)
+
+
+def _draw_panel(
+    canvas: _Canvas,
+    place: tuple[int, int, int, int],
+    sheet: _Sheet,
+    plane: _Plane,
+    indices: tuple[int, int, int],
+    own: _Structure | None,
+) -> None:
+    """One slice with its outlines and letters; ``place`` is (x, y, width, height) in the picture."""
+    x, y, width, height = place
+    index = indices[plane.axis]
+    low, high = sheet.window
+    section = _section(sheet.image_ZYX, plane, index).astype(np.float32)
+    section = np.nan_to_num(np.clip((section - low) / (high - low), 0, 1) * 255, nan=0.0)
+    shown = Image.fromarray(section).resize((width, height), Image.Resampling.BICUBIC)
+    grey = np.clip(np.asarray(shown), 0, 255)
+
+    section_labels = _section(sheet.labels_ZYX, plane, index)
+    present = set(np.unique(section_labels).tolist())
+    in_section = [s for s in sheet.structures if s.label.value in present]
+    # the row's own label last, so that it lies on top
+    for structure in sorted(in_section, key=lambda s: s is own):
+        y0, x0, line, halo = _outline(section_labels == structure.label.value, (height, width), structure is own)
+        grey[y0 : y0 + halo.shape[0], x0 : x0 + halo.shape[1]] *= 1 - 0.5 * halo
+        canvas.outline(x + x0, y + y0, np.rint(line * 255).astype(np.uint8), structure.colour)
+    canvas.grey.paste(Image.fromarray(np.rint(grey).astype(np.uint8)), (x, y))
+
+    middle_x, middle_y, away = x + width / 2, y + height / 2, _GUTTER_PX / 2
+    at = ((x - away, middle_y), (x + width + away, middle_y), (middle_x, y - away), (middle_x, y + height + away))
+    for letter, (letter_x, letter_y) in zip(plane.letters, at, strict=True):
+        canvas.text(letter_x, letter_y, letter, "mm")
+
+
+def _draw_caption(
+    canvas: _Canvas,
+    place: tuple[int, int, int],
+    sheet: _Sheet,
+    plane: _Plane,
+    indices: tuple[int, int, int],
+    panel_px: int,
+) -> None:
+    """Name and index of a slice, and its scale bar; ``place`` is (x, y, width) in the picture."""
+    left, top, width = place
+    y = top + _CAPTION_PX // 2 - 4
+    axis = sheet.turn.source_axis[plane.axis]
+    index = indices[plane.axis]
+    source_index = sheet.source.shape[axis] - 1 - index if sheet.turn.flip[plane.axis] else index
+    caption = f"{plane.name}  {'zyx'[axis]} = {source_index}"
+    canvas.text(left + _GUTTER_PX, y, caption, level=_FAINT)
+    right = left + width - _GUTTER_PX
+    px_per_mm = panel_px / sheet.extent_mm(plane)[1]
+    room_px = width - 2 * _GUTTER_PX - canvas.text_px(caption) - canvas.text_px("0000 mm") - 16
+    bar_mm = _round_length(max(12.0, min(width / 4, room_px)) / px_per_mm)
+    text = f"{bar_mm:g} mm"
+    canvas.text(right, y, text, "rm", level=_FAINT)
+    end = round(right - canvas.text_px(text) - 8)
+    canvas.rule(end - round(bar_mm * px_per_mm), end, y, ticks_px=3)
+
+
+def _draw_legend(canvas: _Canvas, x: int, height: int, sheet: _Sheet) -> None:
+    line_px = 20
+    shape, spacing = sheet.source.shape, sheet.source.spacing_mm
+    facts = [
+        f"grey {sheet.window[0]:.4g} to {sheet.window[1]:.4g}",
+        " x ".join(str(n) for n in shape) + " voxels",
+        "of " + " x ".join(f"{s:.3g}" for s in spacing) + " mm (z, y, x)",
+    ]
+    turned = _turned_degrees(sheet.geometry)
+    if turned >= 1:
+        facts.append(f"grid turned by {turned:.0f}° to the body")
+    present = {s.label.value for s in sheet.structures}
+    entries = [(s.label.name, _volume(s, sheet.geometry), s.colour) for s in sheet.structures]
+    entries += [(label.name, "empty", -1) for label in sheet.labels if label.value not in present]
+    room = max(1, (height - 2 * _MARGIN_PX - line_px * (len(facts) + 1)) // line_px)
+    if len(entries) > room:
+        entries = [*entries[: room - 1], (f"and {len(entries) - room + 1} more", "", -1)]
+    y = _MARGIN_PX + _HEADER_PX // 2
+    right = x + _LEGEND_PX - _MARGIN_PX
+    for name, value, colour in entries:
+        level = _FAINT if colour < 0 else _TEXT
+        if colour >= 0:
+            canvas.swatch(x, y, colour)
+        canvas.text(right, y, value, "rm", level=level)
+        canvas.text(x + 18, y, _shortened(canvas, name, right - x - 26 - canvas.text_px(value)), level=level)
+        y += line_px
+    y = height - _MARGIN_PX - line_px * len(facts) + line_px // 2
+    for fact in facts:
+        canvas.text(x, y, fact, level=_FAINT)
+        y += line_px
+
+
+def _section(array_ZYX: np.ndarray, plane: _Plane, index: int) -> np.ndarray:
+    """One slice of a canonical array, as it is shown."""
+    section = array_ZYX.take(index, axis=plane.axis)
+    return section[::-1] if plane.flip_rows else section
+
+
+def _outline(mask: np.ndarray, panel: tuple[int, int], thick: bool) -> tuple[int, int, np.ndarray, np.ndarray]:
+    """Outline of a mask (rows, columns) that fills a panel (height, width) in pixels.
+
+    Returns the y and x in the panel of two windows, float32 (H, W) from 0 to 1: the line, and a wider halo around it.
+    """
+    # the window: the mask and two pixels around it
+    spans, boxes = [], []
+    for a, pixels in enumerate(panel):
+        hit = np.flatnonzero(mask.any(axis=1 - a))
+        scale = pixels / mask.shape[a]
+        start = max(0, math.floor(hit[0] * scale) - 2)
+        stop = min(pixels, math.ceil((hit[-1] + 1) * scale) + 2)
+        spans.append((start, stop))
+        boxes.append((start / scale, min(stop / scale, mask.shape[a])))
+    (y0, y1), (x0, x1) = spans
+    fine = Image.fromarray(mask.astype(np.float32)).resize(
+        ((x1 - x0) * _FINE, (y1 - y0) * _FINE),
+        Image.Resampling.BILINEAR,
+        box=(boxes[1][0], boxes[0][0], boxes[1][1], boxes[0][1]),
+    )
+    # where even the fine pixels are larger than voxels, a lower threshold keeps single voxels visible
+    coarse = math.prod(min(1.0, p * _FINE / n) for p, n in zip(panel, mask.shape, strict=True))
+    inside = np.asarray(fine) >= 0.5 * coarse
+    inside |= ndimage.maximum_filter(_specks(inside), 3 * _FINE, mode="constant")
+    # inside the mask, so that neighbours do not cover each other's line, and closed at the edge of the image
+    line = inside & ~ndimage.minimum_filter(inside, 11 if thick else 7, mode="constant")
+    halo = ndimage.maximum_filter(line, 2 * _FINE + 1, mode="constant")
+    return y0, x0, _averaged(line), _averaged(halo)
+
+
+def _specks(inside: np.ndarray) -> np.ndarray:
+    """The pieces of a fine mask that would be smaller than four pixels in the picture, and easily overlooked."""
+    pieces, _ = ndimage.label(inside)
+    area = np.bincount(pieces.ravel())
+    area[0] = inside.size
+    return (area < 4 * _FINE**2)[pieces] & inside
+
+
+def _averaged(fine: np.ndarray) -> np.ndarray:
+    """The share of true fine pixels in each pixel, float32."""
+    total = np.zeros((fine.shape[0] // _FINE, fine.shape[1] // _FINE), np.float32)
+    for i in range(_FINE):
+        for j in range(_FINE):
+            total += fine[i::_FINE, j::_FINE]
+    return total / _FINE**2
+
+
+def _volume(structure: _Structure, geometry: Geometry) -> str:
+    """The volume; of a structure cut by the edge of the image a lower bound."""
+    ml = structure.voxels * geometry.voxel_ml
+    digits = 1 if ml >= 100 else 2 if ml >= 1 else 3 if ml >= 0.1 else 4
+    return f"{'> ' if structure.cut else ''}{ml:.{digits}f} mL"
+
+
+def _shortened(canvas: _Canvas, text: str, limit_px: float, size: int = 13) -> str:
+    """The text on one line, with its end cut off where it is wider than ``limit_px``."""
+    text = " ".join(text.split())
+    if canvas.text_px(text, size) <= limit_px:
+        return text
+    while text and canvas.text_px(text + "...", size) > limit_px:
+        text = text[:-1]
+    return text + "..."
+
+
+def _round_length(limit_mm: float) -> float:
+    """The largest of 1, 2, 5, 10, 20 ... (and 0.5, 0.2 ...) that is at most ``limit_mm``."""
+    power = 10.0 ** math.floor(math.log10(limit_mm))
+    return max(step * power for step in (1, 2, 5) if step * power <= limit_mm * (1 + 1e-9))
+
+
+def _turned_degrees(canonical_geometry: Geometry) -> float:
+    """Largest angle between an axis of a canonical grid and the body's."""
+    cosines = np.abs(np.asarray(canonical_geometry.direction)[[2, 1, 0], [0, 1, 2]])
+    return float(np.degrees(np.arccos(min(1.0, cosines.min()))))

@@ -1,0 +1,106 @@
+"""Separable linear interpolation between grids that share their axes.
+
+Because preprocessing only swaps, reverses, crops and rescales axes, the way back from the network's grid to the scan's
+is one linear function per axis. Everything here works axis by axis and slab by slab, so memory stays bounded by the
+result.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vnet_core.geometry import Geometry
+
+Coordinates = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Fractional source index of every target index along (z, y, x); float64, one 1-D array per axis."""
+
+SLAB_VALUES = 1 << 25
+"""Float values held at once while probabilities are interpolated onto a scan's grid (128 MiB)."""
+
+
+def coordinates(source: Geometry, target: Geometry) -> Coordinates:
+    """Where the voxel centres of ``target`` lie in ``source``; the two must share their direction."""
+    direction = np.asarray(source.direction)
+    assert np.allclose(direction, target.direction, atol=1e-6), "grids must share their axes"
+    shift_mm = (np.asarray(target.origin_mm) - np.asarray(source.origin_mm)) @ direction
+    z, y, x = (
+        _snap((shift_mm[a] + np.arange(target.shape[a]) * target.spacing_mm[a]) / source.spacing_mm[a])
+        for a in range(3)
+    )
+    return z, y, x
+
+
+def _snap(index: np.ndarray) -> np.ndarray:
+    """Indices within 1e-6 of a whole number become it, so that equal grids are copied and not interpolated."""
+    whole = np.round(index)
+    return np.where(np.abs(index - whole) < 1e-6, whole, index)
+
+
+def linear(values: torch.Tensor, at: Coordinates) -> torch.Tensor:
+    """Values (..., Z, Y, X), float, interpolated at ``at``; the outermost value is kept beyond the edge."""
+    # the axis that shrinks most goes first: it makes the others cheaper
+    sizes = [len(at[a]) / values.shape[a - 3] for a in range(3)]
+    for axis in sorted(range(3), key=lambda a: sizes[a]):
+        values = _linear_axis(values, at[axis], axis - 3)
+    return values
+
+
+def _linear_axis(values: torch.Tensor, at: np.ndarray, axis: int) -> torch.Tensor:
+    n = values.shape[axis]
+    if len(at) == n and np.array_equal(at, np.arange(n)):
+        return values
+    clipped = np.clip(at, 0, n - 1)
+    below = np.floor(clipped).astype(np.int64)
+    above = np.minimum(below + 1, n - 1)
+    shape = [1] * values.ndim
+    shape[axis] = len(at)
+    weight = torch.from_numpy((clipped - below).astype(np.float32)).reshape(shape).to(values.device)
+    low = values.index_select(axis, torch.from_numpy(below).to(values.device))
+    if not (clipped - below).any():
+        return low
+    high = values.index_select(axis, torch.from_numpy(above).to(values.device))
+    return torch.lerp(low, high, weight)
+
+
+def labels(values: np.ndarray, at: Coordinates) -> np.ndarray:
+    """Label map (Z, Y, X) of integers at ``at``: the label whose indicator, interpolated linearly, is largest.
+
+    Labels are never interpolated as numbers. Ties go to the smaller value. Same dtype as ``values``.
+    """
+    if all(np.array_equal(c, np.arange(n)) for c, n in zip(at, values.shape, strict=True)):
+        return values.copy()
+    shape = tuple(len(c) for c in at)
+    best, result = torch.zeros(shape), np.zeros(shape, values.dtype)
+    for value in np.unique(values):
+        share = linear(torch.from_numpy((values == value).astype(np.float32)), at)
+        better = share > best + 1e-6
+        result[better.numpy()] = value
+        best = torch.maximum(best, share)
+    return result
+
+
+def argmax_labels(logits: torch.Tensor, at: Coordinates) -> np.ndarray:
+    """Classes (Z, Y, X), uint8 or uint16, of network outputs (K, Z, Y, X) at ``at``.
+
+    Probabilities, not classes, are interpolated. A voxel centre that lies outside the network's grid is background.
+    Only a slab of probabilities exists at a time, at most ``SLAB_VALUES`` values.
+    """
+    classes, *grid = logits.shape
+    dtype = np.uint8 if classes <= 256 else np.uint16
+    inside = [(c >= -0.5 - 1e-6) & (c <= n - 0.5 + 1e-6) for c, n in zip(at, grid, strict=True)]
+    shape = tuple(len(c) for c in at)
+    result = np.zeros(shape, dtype)
+    rows = [np.flatnonzero(i) for i in inside]
+    if any(len(r) == 0 for r in rows):
+        return result
+    z, y, x = (slice(r[0], r[-1] + 1) for r in rows)
+    step = max(1, SLAB_VALUES // (classes * max(shape[1] * shape[2], grid[1] * grid[2])))
+    for start in range(z.start, z.stop, step):
+        slab = slice(start, min(start + step, z.stop))
+        wanted = np.clip(at[0][slab], 0, grid[0] - 1)
+        first, last = int(np.floor(wanted[0])), int(np.ceil(wanted[-1]))
+        probability = torch.softmax(logits[:, first : last + 1].float(), dim=0)
+        probability = linear(probability, (wanted - first, at[1][y], at[2][x]))
+        result[slab, y, x] = probability.argmax(dim=0).numpy().astype(dtype)
+    return result

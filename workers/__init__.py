@@ -1,0 +1,1 @@
+"""All side effects: files, Zarr, storage, Dask and Ray. Never Prefect."""

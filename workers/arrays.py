@@ -1,0 +1,120 @@
+"""Arrays in the storage root as Zarr v3: the only place that knows Zarr.
+
+Arrays are sharded; every chunk carries the zstd frame's checksum and a CRC32C, empty chunks are written, and one
+writer writes a whole array, so a lost or damaged chunk is an error and never reads as background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+import zarr.errors
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
+
+from vnet_core.errors import StorageError
+from vnet_core.geometry import Geometry, to_mapping
+from vnet_core.plan import Label
+from workers.store import Root
+
+CHUNK_EDGE = 64
+"""Voxels along each edge of a chunk, the unit of reading."""
+SHARD_EDGE = 256
+"""Voxels along each edge of a shard, the unit of writing: one file."""
+
+
+def write_arrays(root: Root, prefix: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
+    """A Zarr group under ``prefix`` with arrays (..., Z, Y, X) and attributes; what was there is replaced."""
+    root.delete(prefix)
+    group = zarr.open_group(_store(root, prefix), mode="w", zarr_format=3, attributes=attributes)
+    for name, array in arrays.items():
+        _write(group, name, array)
+
+
+def _write(group: zarr.Group, name: str, array: np.ndarray, dimension_names: Sequence[str] | None = None) -> None:
+    lead = (1,) * (array.ndim - 3)
+    inner = tuple(min(CHUNK_EDGE, n) for n in array.shape[-3:])
+    # a shard is a whole number of chunks
+    outer = tuple(c * max(1, min(SHARD_EDGE // c, -(-n // c))) for c, n in zip(inner, array.shape[-3:], strict=True))
+    codec = ShardingCodec(
+        chunk_shape=(*lead, *inner),
+        codecs=[BytesCodec(), ZstdCodec(level=3, checksum=True), Crc32cCodec()],
+        index_codecs=[BytesCodec(), Crc32cCodec()],
+    )
+    target = group.create_array(
+        name,
+        shape=array.shape,
+        dtype=array.dtype,
+        chunks=(*lead, *outer),
+        serializer=codec,
+        filters=None,
+        compressors=None,
+        dimension_names=dimension_names,
+        config={"write_empty_chunks": True},
+    )
+    target[...] = array
+
+
+def read_array(root: Root, prefix: str, name: str) -> np.ndarray:
+    """A whole array. StorageError ``store.corrupt`` when a chunk is missing or damaged."""
+    try:
+        array = zarr.open_array(_store(root, f"{prefix}/{name}"), mode="r")
+        shards = np.ndindex(*(-(-n // s) for n, s in zip(array.shape, array.shards or array.chunks, strict=True)))
+        folder = root.path(f"{prefix}/{name}/c")
+        missing = [index for index in shards if not folder.joinpath(*map(str, index)).is_file()]
+        if missing:
+            raise StorageError(
+                "store.corrupt",
+                f"{prefix}/{name} lacks {len(missing)} shards, first {missing[0]}; delete it and run again",
+            )
+        return np.asarray(array[...])
+    except (zarr.errors.BaseZarrError, ValueError, RuntimeError) as error:
+        raise StorageError("store.corrupt", f"{prefix}/{name} is damaged ({error}); delete it and run again") from error
+
+
+def has_array(root: Root, prefix: str, name: str) -> bool:
+    """Whether a group holds an array of that name."""
+    return root.exists(f"{prefix}/{name}/zarr.json")
+
+
+LABEL_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0))
+"""Okabe and Ito's colour-blind-safe colours, cycled over the labels."""
+
+
+def write_ome_labels(root: Root, prefix: str, mask: np.ndarray, geometry: Geometry, labels: Sequence[Label]) -> None:
+    """A mask (Z, Y, X) as an OME-Zarr 0.5 image-label group under ``prefix``.
+
+    The axes are the source scan's array axes z, y, x in millimetres; scale and translation are along them. The full
+    geometry, with direction cosines, is in the attribute ``vnet``.
+    """
+    scale = {"type": "scale", "scale": list(geometry.spacing_mm)}
+    along_axes = np.asarray(geometry.origin_mm) @ np.asarray(geometry.direction)
+    translation = {"type": "translation", "translation": [float(v) for v in along_axes]}
+    ome: dict[str, Any] = {
+        "version": "0.5",
+        "multiscales": [
+            {
+                "name": "mask",
+                "axes": [{"name": n, "type": "space", "unit": "millimeter"} for n in "zyx"],
+                "datasets": [{"path": "0", "coordinateTransformations": [scale, translation]}],
+            }
+        ],
+        "image-label": {
+            "colors": [
+                {"label-value": label.value, "rgba": [*LABEL_COLOURS[i % len(LABEL_COLOURS)], 255]}
+                for i, label in enumerate(labels)
+            ],
+            "properties": [{"label-value": label.value, "name": label.name} for label in labels],
+        },
+    }
+    root.delete(prefix)
+    attributes: dict[str, Any] = {"ome": ome, "vnet": {"geometry": to_mapping(geometry)}}
+    group = zarr.open_group(_store(root, prefix), mode="w", zarr_format=3, attributes=attributes)
+    _write(group, "0", mask, dimension_names=("z", "y", "x"))
+
+
+def _store(root: Root, prefix: str) -> zarr.storage.LocalStore:
+    return zarr.storage.LocalStore(Path(root.path(prefix)))

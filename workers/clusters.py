@@ -1,0 +1,169 @@
+"""Dask and Ray, local or by address: the only place that starts or joins them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+from urllib.parse import urlsplit
+
+from vnet_core.errors import ConfigError, EngineError
+
+CONNECT_TIMEOUT_S = 20.0
+"""How long an address may take to answer."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class SerialExecutor(Executor):
+    """Runs every call at once in the caller's thread."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """The finished future of ``fn(*args, **kwargs)``."""
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001  a future carries whatever its call raised
+            future.set_exception(error)
+        return future
+
+
+def processors() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def dask_executor(address: str | None, workers: int) -> Iterator[Executor]:
+    """An executor on Dask: the scheduler at ``address``, or a local cluster of ``workers`` processes on 127.0.0.1.
+
+    Raises EngineError ``dask.unreachable`` naming the address when it does not answer.
+    """
+    import dask
+    import distributed
+
+    # a local cluster is only reachable from this machine
+    logging.getLogger("distributed").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="vnet-dask-") as scratch:
+        if address is None:
+            with (
+                dask.config.set({"temporary-directory": scratch}),
+                distributed.LocalCluster(
+                    n_workers=workers,
+                    threads_per_worker=1,
+                    host="127.0.0.1",
+                    dashboard_address=None,
+                    worker_dashboard_address=None,
+                    silence_logs=logging.ERROR,
+                ) as cluster,
+                distributed.Client(cluster) as client,
+            ):
+                yield client.get_executor(retries=0)
+            return
+        _answers("dask", address, default_port=8786)
+        try:
+            client = distributed.Client(address, timeout=CONNECT_TIMEOUT_S)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise _unreachable("dask", address, str(error)) from error
+        with client:
+            yield client.get_executor(retries=0)
+
+
+@contextmanager
+def ray_session(address: str | None, processors: int) -> Iterator[None]:
+    """Ray joined at ``address`` (``host:port`` of its head), or started on this machine for the time of the block.
+
+    A session that is already running in this process is used and left running. Raises EngineError
+    ``ray.unreachable`` naming the address when it does not answer.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": False,
+    }
+    if address is None:
+        # tiny object store: only URLs and outcomes travel; loopback, no dashboard, token authentication as by default
+        options |= {
+            "num_cpus": processors,
+            "object_store_memory": 128 << 20,
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+            "address": "local",
+        }
+    else:
+        _answers("ray", address, default_port=6379)
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+        raise _unreachable("ray", address or "local", str(error)) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _answers(engine: str, address: str, default_port: int) -> None:
+    """Wait for the address's port to accept a connection; EngineError when it does not within the limit."""
+    parts = urlsplit(address if "//" in address else f"//{address}")
+    try:
+        host, port = parts.hostname or "", parts.port or default_port
+    except ValueError as error:
+        raise ConfigError(f"{engine}.address", f"{engine} address {address!r} is no host:port ({error})") from None
+    end = time.monotonic() + CONNECT_TIMEOUT_S
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, min(5.0, end - time.monotonic()))).close()
+            return
+        except OSError as error:
+            if isinstance(error, ConnectionRefusedError | socket.gaierror) or time.monotonic() >= end:
+                raise _unreachable(engine, address, str(error)) from error
+
+
+def _unreachable(engine: str, address: str, reason: str) -> EngineError:
+    return EngineError(
+        f"{engine}.unreachable",
+        f"{engine.capitalize()} at {address} does not answer ({reason}); start it, correct the address in the site"
+        " file, or leave it out to use this machine",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """Where work runs; the default is this machine."""
+
+    dask_address: str | None = None
+    ray_address: str | None = None
+    preprocess_workers: int = 1
+    """Processes of the local Dask cluster."""
+    segment_workers: int = 1
+    """Ray actors that segment."""
+    train_workers: int = 1
+    """Ray workers that train together."""
+    cpus: int = 1
+    """Processor cores of the local Ray node, shared by its workers."""
+    gpus_per_worker: float = 0.0
+    """GPUs of each training or segmenting worker."""
+
+    @property
+    def cpus_per_segment_worker(self) -> int:
+        """Cores of each segmenting actor."""
+        return max(1, self.cpus // self.segment_workers)
+
+    @property
+    def cpus_per_train_worker(self) -> int:
+        """Cores of each training worker."""
+        return max(1, self.cpus // self.train_workers)

@@ -1,0 +1,198 @@
+"""Which cases a source holds: a manifest, one scan, a folder of images and labels, or any tree of scans and DICOM."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+
+from vnet_core.errors import ConfigError, ScanError
+from vnet_core.plan import Label
+from workers.cohort import safe_id
+from workers.scans import case_stem, dicom_series, is_scan
+
+IMAGE_LABEL_FOLDERS = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"), ("images", "labels"))
+"""Folder pairs of the Medical Segmentation Decathlon and nnU-Net, and the plain one."""
+
+_CHANNEL = re.compile(r"(.+)_(\d{4})")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A case as its source names it, not yet read."""
+
+    id: str
+    channels: tuple[str, ...]
+    label: str | None = None
+    patient: str | None = None
+    problem: ScanError | None = None
+    """Why it cannot be used, when that is already known."""
+
+
+@dataclass(slots=True)
+class Discovery:
+    """What the sources hold."""
+
+    cases: list[Found] = field(default_factory=list)
+    channels: tuple[str, ...] = ()
+    """Channel names where a ``dataset.json`` or manifest tells them."""
+    labels: tuple[Label, ...] = ()
+    """Label names where a ``dataset.json`` tells them."""
+    ignored: int = 0
+    """Files that are no scan."""
+
+
+def discover(sources: Iterable[str]) -> Discovery:
+    """Look through all sources. ConfigError ``source.missing`` when one is not there."""
+    result = Discovery()
+    for source in sources:
+        path = Path(source)
+        if not path.exists():
+            raise ConfigError("source.missing", f"source {source} does not exist; correct the path or mount the share")
+        if path.suffix.lower() in (".csv", ".parquet"):
+            _manifest(path, result)
+        elif path.is_file():
+            result.cases.append(Found(safe_id(case_stem(path)), (str(path),)))
+        else:
+            _folder(path, result)
+    result.cases = _checked(result.cases)
+    return result
+
+
+def _checked(cases: list[Found]) -> list[Found]:
+    """Cases by id; a second case of one id and a case with fewer channels than the others carry their problem."""
+    expected = max((len(case.channels) for case in cases), default=0)
+    seen: dict[str, int] = {}
+    result = []
+    for case in cases:
+        seen[case.id] = seen.get(case.id, 0) + 1
+        problem, case_id = case.problem, case.id
+        if seen[case.id] > 1:
+            case_id = f"{case.id}.{seen[case.id]}"
+            problem = ScanError("cohort.duplicate-id", f"{seen[case.id]} cases are called {case.id}; rename one")
+        elif problem is None and len(case.channels) < expected:
+            problem = ScanError(
+                "cohort.missing-channel",
+                f"case {case.id} has {len(case.channels)} of {expected} channels; add the missing file",
+            )
+        result.append(Found(case_id, case.channels, case.label, case.patient, problem))
+    return sorted(result, key=lambda case: case.id)
+
+
+def _manifest(path: Path, result: Discovery) -> None:
+    """Columns ``case``; ``image`` or several ``image_<channel>``; optionally ``label`` and ``patient``."""
+    if path.suffix.lower() == ".parquet":
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    else:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    columns = list(rows[0]) if rows else []
+    images = [c for c in columns if c == "image" or c.startswith("image_")]
+    if "case" not in columns or not images:
+        raise ConfigError(
+            "manifest.columns",
+            f"manifest {path.name} has the columns {columns}; it needs case and image (or image_<channel> for each)",
+        )
+    if images != ["image"]:
+        result.channels = tuple(c.removeprefix("image_") for c in images)
+    for row in rows:
+        sources = tuple(_beside(path, row[c]) for c in images if row[c])
+        label = _beside(path, row["label"]) if row.get("label") else None
+        problem = None
+        for source in (*sources, *([label] if label else [])):
+            if not Path(source.partition("#")[0]).exists():
+                problem = ScanError("scan.missing", f"{Path(source).name} of the manifest does not exist")
+        if not sources:
+            problem = ScanError("cohort.missing-image", f"row {row['case']} of the manifest names no image")
+        result.cases.append(Found(safe_id(str(row["case"])), sources, label, row.get("patient") or None, problem))
+
+
+def _beside(manifest: Path, source: str) -> str:
+    return str((manifest.parent / source).resolve())
+
+
+def _folder(folder: Path, result: Discovery) -> None:
+    if (folder / "dataset.json").is_file():
+        _dataset_json(folder / "dataset.json", result)
+    pairs = [(folder / i, folder / t) for i, t in IMAGE_LABEL_FOLDERS if (folder / i).is_dir()]
+    if not pairs:
+        _tree(folder, result)
+    for images, labels in pairs:
+        _images_and_labels(images, labels, result)
+
+
+def _dataset_json(path: Path, result: Discovery) -> None:
+    """Channel and label names of the Decathlon's (value to name) and nnU-Net's (name to value) ``dataset.json``."""
+    try:
+        mapping = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError("source.dataset-json", f"{path} is not JSON ({error}); mend or remove it") from None
+    channels = mapping.get("channel_names") or mapping.get("modality") or {}
+    result.channels = tuple(str(channels[k]) for k in sorted(channels, key=int))
+    labels = []
+    for key, value in (mapping.get("labels") or {}).items():
+        number, name = (int(key), str(value)) if str(key).isdigit() else (value, str(key))
+        if not isinstance(number, int):
+            raise ConfigError(
+                "source.regions", f"label {name} of {path} has the value {number}; give each label one whole number"
+            )
+        if number > 0:
+            labels.append(Label(value=number, name=name))
+    result.labels = tuple(sorted(labels, key=lambda label: label.value))
+
+
+def _images_and_labels(images: Path, labels: Path, result: Discovery) -> None:
+    truth = {case_stem(path): path for path in _scans_in(labels, result)} if labels.is_dir() else {}
+    for name, channels in _by_case(_scans_in(images, result)).items():
+        label = truth.pop(name, None)
+        result.cases.append(Found(safe_id(name), channels, str(label) if label else None))
+    for name, path in truth.items():
+        problem = ScanError("cohort.missing-image", f"label {path.name} has no image in {images.name}")
+        result.cases.append(Found(safe_id(name), (), str(path), None, problem))
+
+
+def _scans_in(folder: Path, result: Discovery) -> list[Path]:
+    files = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
+    scans = [p for p in files if is_scan(p)]
+    result.ignored += len(files) - len(scans)
+    return scans
+
+
+def _by_case(paths: Iterable[Path]) -> dict[str, tuple[str, ...]]:
+    """Files grouped by case: ``name_0000`` and ``name_0001`` are two channels of ``name``."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        match = _CHANNEL.fullmatch(case_stem(path))
+        groups[match[1] if match else case_stem(path)].append(str(path))
+    return {name: tuple(sorted(files)) for name, files in groups.items()}
+
+
+def _tree(folder: Path, result: Discovery) -> None:
+    """Any folder: every scan file is a case, every DICOM series is a case."""
+    for directory in [folder, *sorted(p for p in folder.rglob("*") if p.is_dir() and not p.name.startswith("."))]:
+        files = [p for p in sorted(directory.iterdir()) if p.is_file() and not p.name.startswith(".")]
+        scans = [p for p in files if is_scan(p)]
+        prefix = "-".join(directory.relative_to(folder).parts)
+        for name, channels in _by_case(scans).items():
+            result.cases.append(Found(safe_id(f"{prefix}-{name}" if prefix else name), channels))
+        others = [p for p in files if not is_scan(p)]
+        series = dicom_series(directory) if any(_looks_like_dicom(p) for p in others) else {}
+        for number, uid in enumerate(sorted(series)):
+            name = prefix or directory.name
+            case_id = safe_id(name if len(series) == 1 else f"{name}-{number}")
+            result.cases.append(Found(case_id, (f"{directory}#{uid}",)))
+        result.ignored += len(others) - sum(len(paths) for paths in series.values())
+
+
+def _looks_like_dicom(path: Path) -> bool:
+    if path.suffix.lower() == ".dcm":
+        return True
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"

@@ -1,0 +1,82 @@
+"""Stage preprocess: every usable case as a normalised Zarr volume on the plan's grid, one task per case on Dask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, as_completed
+
+from vnet_core import geometry as geo
+from vnet_core.errors import ScanError
+from vnet_core.plan import Plan
+from vnet_core.preprocess import prepare
+from workers.arrays import write_arrays
+from workers.cohort import Case, read_channels, source_digest, volume_key
+from workers.ledger import Outcome, State, settle
+from workers.scans import read_label
+from workers.store import Root
+
+STAGE = "preprocess"
+
+
+def preprocess(
+    root: Root,
+    cases: Sequence[Case],
+    plan: Plan,
+    executor: Executor,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """One finished volume per case under :func:`workers.cohort.volume_key`; what is finished is not done again.
+
+    The executor's workers may be on other machines; only URLs, cases and the plan travel to them.
+    """
+    outcomes = []
+    jobs = {}
+    for case in cases:
+        key = volume_key(case, plan)
+        if root.receipt(key):
+            outcomes.append(Outcome(case.id, STAGE, "cached", key=key))
+            on_outcome(outcomes[-1])
+        else:
+            jobs[executor.submit(preprocess_case, root.url, case, plan)] = case
+    for job in as_completed(jobs):
+        case = jobs[job]
+        error = job.exception()
+        if error is None:
+            outcome = job.result()
+        else:  # the worker that held the case died
+            outcome = Outcome(
+                case.id, STAGE, "failed", ("engine.worker-died",), f"the worker died ({error}); run the command again"
+            )
+        outcomes.append(outcome)
+        on_outcome(outcome)
+    return sorted(outcomes, key=lambda outcome: outcome.case)
+
+
+def preprocess_case(root_url: str, case: Case, plan: Plan) -> Outcome:
+    """Read, prepare and publish one case; runs on a worker. Its outcome says what happened, it never raises."""
+    root = Root(root_url)
+
+    def compute() -> tuple[State, str, tuple[str, ...]]:
+        key = volume_key(case, plan)
+        image = read_channels(case.channels)
+        label = read_label(case.label) if case.label else None
+        if source_digest(case.channels) != case.digest:
+            raise ScanError("scan.changed", "the file's bytes are not those that were ingested; run vnet ingest again")
+        prepared = prepare(image, label, plan.preprocess)
+        arrays = {"image": prepared.image}
+        if prepared.label is not None:
+            arrays["label"] = prepared.label
+        write_arrays(root, key, arrays, {"geometry": geo.to_mapping(prepared.geometry)})
+        root.seal(
+            key,
+            {
+                "stage": STAGE,
+                "case_digest": case.digest,
+                "label_digest": case.label_digest,
+                "plan_digest": plan.volume_digest,
+                "geometry": geo.to_mapping(prepared.geometry),
+            },
+        )
+        return "computed", key, ()
+
+    return settle(STAGE, case.id, compute)

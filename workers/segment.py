@@ -1,0 +1,211 @@
+"""Stage segment: a pool of Ray actors, each with the model loaded once, takes cases as it gets free."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from vnet_core.errors import MemoryLimitError, StorageError
+from workers.arrays import read_array
+from workers.clusters import Engines
+from workers.cohort import Case, result_key, volume_geometry, volume_key
+from workers.ledger import Outcome, State, settle
+from workers.masks import Mask, MaskFormat, label_values, mask_file, publish_mask
+from workers.models import Model, load_model, load_network
+from workers.store import Root
+
+if TYPE_CHECKING:
+    from torch import nn
+
+STAGE = "segment"
+ATTEMPTS = 2
+"""How often a case is given to an actor before the death of its actor is counted against the case."""
+IN_FLIGHT = 2
+"""Cases that an actor holds: one is read or written while the other is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One case for one model."""
+
+    cohort: str
+    case: Case
+    mask_format: MaskFormat
+
+
+class Segmenter:
+    """Loads a model once and segments case after case; an actor of the pool, or used as it is."""
+
+    def __init__(self, root_url: str, model: str, cpus: int) -> None:
+        import threading
+
+        import torch
+
+        from vnet_core.inference import precision, prepare
+
+        self.root = Root(root_url)
+        self.model = load_model(self.root, model)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            torch.set_num_threads(cpus)
+        self.precision = precision(self.model.plan.inference, self.device)
+        self.network: nn.Module = prepare(load_network(self.root, self.model), self.device, self.precision)
+        self._computing = threading.Lock()
+
+    def segment(self, job: Job) -> Outcome:
+        """Publish one case's mask; its outcome says what happened, it never raises."""
+        return settle(STAGE, job.case.id, lambda: self._segment(job))
+
+    def _segment(self, job: Job) -> tuple[State, str, tuple[str, ...]]:
+        import torch
+
+        from vnet_core.inference import predict_logits
+        from vnet_core.postprocess import largest_components
+        from vnet_core.preprocess import restore
+
+        plan, case = self.model.plan, job.case
+        key = key_of(job, self.model)
+        volume = volume_key(case, plan)
+        if self.root.receipt(volume) is None:
+            raise StorageError("segment.no-volume", f"{volume} of case {case.id} is not finished; preprocess it first")
+        assert case.geometry is not None, "a finished volume has a geometry"
+        image = torch.from_numpy(read_array(self.root, volume, "image"))
+        with self._computing:
+            self._check_memory(tuple(image.shape[1:]))
+            logits = predict_logits(self.network, image.to(self.device), plan)
+            classes = restore(logits.cpu(), volume_geometry(self.root, volume), case.geometry)
+        values = largest_components(label_values(classes, plan.labels), plan.inference.largest_component)
+        provenance = {
+            "cohort": job.cohort,
+            "model": self.model.reference,
+            "model_digest": self.model.digest,
+            "plan_digest": plan.digest,
+            "volume": volume,
+            "precision": str(self.precision).removeprefix("torch."),
+        }
+        publish_mask(self.root, key, Mask(case, values, plan.labels, job.mask_format, provenance))
+        return "computed", key, ()
+
+    def _check_memory(self, shape: Any) -> None:
+        """MemoryLimitError before the pass when its predicted peak is above what is free."""
+        from vnet_core.inference import predicted_peak_bytes
+
+        if self.device.type != "cpu":
+            return
+        plan = self.model.plan
+        predicted = predicted_peak_bytes(plan.network, len(plan.channels), plan.classes, shape, self.precision.itemsize)
+        needed = min(predicted, int(plan.inference.memory_limit_gib * 2**30))
+        free = psutil.virtual_memory().available
+        if needed > free:
+            raise MemoryLimitError(
+                "segment.memory",
+                f"the pass needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; lower"
+                " inference.memory_limit_gib in the plan or use fewer segment_workers",
+            )
+
+
+def key_of(job: Job, model: Model) -> str:
+    """Where the job's result lies."""
+    return f"{result_key(job.cohort, job.case, model.plan, model.digest)}{_format_suffix(job.mask_format)}"
+
+
+def _format_suffix(mask_format: MaskFormat) -> str:
+    """Masks of another format are results of their own."""
+    mask_file(mask_format)
+    return "" if mask_format == "nifti" else f"-{mask_format}"
+
+
+class SegmentPool:
+    """Ray actors that hold one model. Start it once, feed it batch after batch, and close it.
+
+    Needs a running Ray session (:func:`workers.clusters.ray_session`).
+    """
+
+    def __init__(self, root: Root, model: Model, engines: Engines) -> None:
+        self.root, self.model, self.engines = root, model, engines
+        self._actors: list[Any] = []
+
+    def run(self, jobs: Sequence[Job], on_outcome: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
+        """One outcome per job, by case id. A job with a receipt is `cached`; an actor that dies is replaced, and the
+        cases it held are tried again, each at most ``ATTEMPTS`` times."""
+        outcomes: list[Outcome] = []
+
+        def settled(outcome: Outcome) -> None:
+            outcomes.append(outcome)
+            on_outcome(outcome)
+
+        waiting: deque[tuple[Job, int]] = deque()
+        for job in jobs:
+            key = key_of(job, self.model)
+            if self.root.receipt(key):
+                settled(Outcome(job.case.id, STAGE, "cached", key=key))
+            else:
+                waiting.append((job, 1))
+        if waiting:
+            self._work_off(waiting, settled)
+        return sorted(outcomes, key=lambda outcome: outcome.case)
+
+    def _work_off(self, waiting: deque[tuple[Job, int]], settled: Callable[[Outcome], None]) -> None:
+        import ray
+        from ray.exceptions import RayActorError, RayError
+
+        while len(self._actors) < min(self.engines.segment_workers, len(waiting)):
+            self._actors.append(self._start_actor())
+        held: dict[Any, tuple[Job, int, int]] = {}
+        while waiting or held:
+            for number, actor in enumerate(self._actors):
+                while waiting and sum(place == number for _, _, place in held.values()) < IN_FLIGHT:
+                    job, attempt = waiting.popleft()
+                    held[actor.segment.remote(job)] = (job, attempt, number)
+            ready, _ = ray.wait(list(held), num_returns=1)
+            job, attempt, number = held.pop(ready[0])
+            try:
+                settled(ray.get(ready[0]))
+                continue
+            except RayActorError as error:
+                reason = str(error).splitlines()[0]
+                # everything that the dead actor held comes back to the queue
+                self._actors[number] = self._start_actor()
+                lost = [(job, attempt)]
+                for reference in [r for r, (_, _, place) in held.items() if place == number]:
+                    other, tried, _ = held.pop(reference)
+                    lost.append((other, tried))
+            except RayError as error:
+                reason, lost = str(error).splitlines()[0], [(job, ATTEMPTS)]
+            for other, tried in lost:
+                if tried < ATTEMPTS:
+                    waiting.append((other, tried + 1))
+                else:
+                    settled(
+                        Outcome(
+                            other.case.id,
+                            STAGE,
+                            "failed",
+                            ("engine.worker-died",),
+                            f"the worker died {tried} times on this case ({reason}); run the command again",
+                        )
+                    )
+
+    def _start_actor(self) -> Any:
+        import ray
+
+        cpus = self.engines.cpus_per_segment_worker
+        actor = ray.remote(Segmenter).options(
+            num_cpus=cpus,
+            num_gpus=self.engines.gpus_per_worker,
+            max_concurrency=IN_FLIGHT,
+            max_restarts=0,
+        )
+        return actor.remote(self.root.url, self.model.reference, cpus)
+
+    def close(self) -> None:
+        """End the actors."""
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors.clear()

@@ -1,0 +1,87 @@
+"""The site file: where things run, as opposed to the plan, which decides numbers."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vnet_core.errors import ConfigError
+from vnet_core.plan import config_error
+from workers.clusters import Engines, processors
+
+
+class Nightly(BaseModel):
+    """A cohort that is run on a schedule."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    cohort: str = Field(min_length=1)
+    """Name of the cohort."""
+    model: str = Field(min_length=1)
+    """``name`` for its newest version, or ``name@version``."""
+    cron: str = "0 1 * * *"
+    """When, in the site's time zone; the default is one o'clock every night."""
+
+
+class Site(BaseModel):
+    """Addresses and sizes of one installation; every key may be left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    root: str = "vnet-data"
+    """Storage root: a folder or a file:// URL."""
+    dask_address: str | None = None
+    """Scheduler, such as tcp://10.0.0.5:8786; left out, Dask starts on this machine."""
+    ray_address: str | None = None
+    """Head of a Ray cluster, such as 10.0.0.5:6379; left out, Ray starts on this machine."""
+    preprocess_workers: int | None = Field(default=None, ge=1)
+    """Local Dask processes; left out, one per processor core."""
+    segment_workers: int = Field(default=1, ge=1)
+    """Ray actors that segment, each with the model loaded once."""
+    train_workers: int = Field(default=1, ge=1)
+    """Ray workers that train one model together."""
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    """GPUs of each training or segmenting worker; fractions share one."""
+    batch_cases: int = Field(default=32, ge=1, le=1000)
+    """Cases per Prefect task."""
+    timezone: str = "UTC"
+    """IANA time zone of the schedule, such as Europe/Berlin."""
+    nightly: tuple[Nightly, ...] = ()
+    """What `vnet serve` runs on a schedule; never two runs of one cohort at once."""
+    ui_port: int = Field(default=4200, ge=1, le=65535)
+    """Port of the Prefect server that `vnet serve` starts on 127.0.0.1."""
+
+    @property
+    def engines(self) -> Engines:
+        """Where work runs."""
+        cpus = processors()
+        return Engines(
+            dask_address=self.dask_address,
+            ray_address=self.ray_address,
+            preprocess_workers=self.preprocess_workers or cpus,
+            segment_workers=self.segment_workers,
+            train_workers=self.train_workers,
+            cpus=cpus,
+            gpus_per_worker=self.gpus_per_worker,
+        )
+
+
+def load_site(path: str | Path | None) -> Site:
+    """The site file, or the default for one machine without it.
+
+    Raises ConfigError ``site.missing``, ``site.toml``, ``site.unknown-key`` or ``site.value``.
+    """
+    if path is None:
+        return Site()
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("site.missing", f"site file {path} cannot be read ({error.strerror})") from None
+    try:
+        return Site.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError("site.toml", f"site file {path} is not TOML: {error}") from None
+    except ValidationError as error:
+        raise config_error(error, Site, "site") from None
