@@ -1,6 +1,6 @@
 """One pass over the whole volume beside MONAI's sliding window: seconds, memory and agreement in one run.
 
-    python benchmarks/inference.py --output benchmarks/results/inference_<hardware>_<yyyymm>.md
+    python -m benchmarks.inference --output benchmarks/results/inference_<hardware>_<yyyymm>.md
 
 Every timing is made in a fresh process, the arms in turn, with the same weights (the published V-Net from a seed) and
 the same volume. `--small` does the same with a tiny network in a few seconds, to see that the script runs.
@@ -9,20 +9,14 @@ the same volume. `--small` does the same with a tiny network in a few seconds, t
 from __future__ import annotations
 
 import argparse
-import platform
 import resource
-import shlex
-import subprocess
-import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import numpy as np
 import psutil
@@ -30,10 +24,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.machine import provenance
 from vnet_core.geometry import Shape
 from vnet_core.inference import precision, predict_logits, prepare
 from vnet_core.networks.vnet import VNet, build_vnet, count_macs, count_parameters
 from vnet_core.plan import Plan
+from vnet_core.preprocess import prepare as prepare_case
+from workers.cohort import read_channels
+from workers.discover import discover
+from workers.models import load_model, load_network
+from workers.scans import read_label
+from workers.store import Root
 
 CPU = torch.device("cpu")
 OURS, PEER, PEER_BFLOAT16 = "one pass", "MONAI sliding window", "MONAI sliding window, our bfloat16 weights"
@@ -207,58 +208,63 @@ def report(setting: Setting, measurements: dict[str, list[Measurement]]) -> str:
             "|---|---|---|---|",
             *same,
             "",
-            "Untrained weights have no sure answers; how well the arms agree on real scans with trained weights is "
-            "measured by `agreement`.",
-            "",
-            *machine(),
+            "Untrained weights have no sure answers; with trained weights on real scans the arms are compared with "
+            "`--model`.",
             "",
         ]
     )
+
+
+def held_out(manifest: Path, plan: Plan) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Image and truth on the network's grid for every row of a manifest with labels."""
+    for case in discover([str(manifest)]).cases:
+        assert case.label is not None, f"case {case.id} of the manifest has no label"
+        prepared = prepare_case(read_channels(case.channels), read_label(case.label), plan.preprocess)
+        assert prepared.label is not None
+        yield torch.from_numpy(prepared.image), prepared.label
+
+
+def report_agreement(name: str, rows: list[Agreement], roi: Shape) -> str:
+    lines = [
+        f"## Agreement on real scans, {name}",
+        "",
+        f"Windows of {' x '.join(map(str, roi))} voxels, the training patch, overlap {ROI_OVERLAP:g}; mean over cases.",
+        "",
+        "| label | cases | Dice between the two | worst | one pass against truth | sliding window against truth |",
+        "|---|---|---|---|---|---|",
+    ]
+    for label in dict.fromkeys(row.label for row in rows):
+        found = [row for row in rows if row.label == label]
+        between = [row.between for row in found]
+        lines.append(
+            f"| {label} | {len(found)} | {mean(between):.4f} | {min(between):.4f} "
+            f"| {mean(r.ours for r in found):.4f} | {mean(r.peer for r in found):.4f} |"
+        )
+    return "\n".join([*lines, "", ""])
 
 
 def gibibytes(made: list[Measurement], field: str) -> str:
     return f"{max(getattr(m, field) for m in made) / 2**30:.2f}"
 
 
-def machine() -> list[str]:
-    """Lines that say where, when and how."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = (line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
-        facts = {key.strip(): value.strip() for key, value in lines}
-        model = f"{facts.get('model name', model)} (family {facts.get('cpu family')}, model {facts.get('model')})"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "monai", "numpy"))
-    flags = [name for name in ("avx512_bf16", "amx_bf16") if torch.cpu.get_capabilities().get(name)]
-    return [
-        f"- processor: {model}, {psutil.cpu_count()} cores, {torch.get_num_threads()} threads; "
-        f"native bfloat16: {', '.join(flags) or 'none'}",
-        f"- memory: {psutil.virtual_memory().total / 2**30:.0f} GiB; load over the last minute when done: "
-        f"{psutil.getloadavg()[0]:.1f}",
-        f"- date: {datetime.now(UTC).date()}; commit: {commit()}",
-        f"- versions: Python {platform.python_version()}, {versions}, {platform.system()} {platform.release()}",
-        f"- command: `{shlex.join(['python', 'benchmarks/inference.py', *sys.argv[1:]])}`",
-    ]
-
-
-def commit() -> str:
-    """The commit of this checkout, and whether files differ from it."""
-    here = Path(__file__).resolve().parent
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    if head.returncode:
-        return "none"
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True).stdout
-    return head.stdout.strip()[:12] + (" with changes" if changed.strip() else "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=2, help="runs of each arm (default 2)")
     parser.add_argument("--small", action="store_true", help="a tiny network and volume")
+    parser.add_argument("--root", type=Path, default=Path("vnet-data"), help="storage root of --model")
+    parser.add_argument("--model", help="a trained model, to compare the arms on real scans")
+    parser.add_argument("--manifest", type=Path, help="CSV with case, image and label of the scans for --model")
     parser.add_argument("--output", type=Path, help="Markdown file to write; it is always printed")
     arguments = parser.parse_args()
     setting = small(arguments.runs) if arguments.small else published(arguments.runs)
     text = report(setting, measure_all(setting))
+    if arguments.model:
+        root = Root(arguments.root)
+        model = load_model(root, arguments.model)
+        roi = model.plan.training.patch_size
+        rows = agreement(load_network(root, model), model.plan, held_out(arguments.manifest, model.plan), roi)
+        text += "\n" + report_agreement(model.name, rows, roi)
+    text += "\n".join([*provenance("torch", "monai", "numpy"), ""])
     print(text)
     if arguments.output:
         arguments.output.write_text(text)

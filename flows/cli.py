@@ -32,7 +32,7 @@ OK, USAGE, PARTLY, NONE, INTERRUPTED = 0, 2, 3, 4, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``vnet`` with the arguments (default: those of the process); returns the exit code."""
     options = parser().parse_args(arguments)
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    _log_to_stderr()
     started = time.monotonic()
     try:
         with _environment(options):
@@ -55,6 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print(result.text)
     return exit_code(result.cases)
+
+
+def _log_to_stderr() -> None:
+    """Our own warnings on standard error; Prefect sets up its own log."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("vnet")
+    logger.handlers = [handler]
+    logger.propagate = False
 
 
 def document(options: argparse.Namespace, seconds: float, result: Any) -> dict[str, Any]:

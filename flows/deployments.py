@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from flows.server import start_server
 from flows.serving import serve_until_stopped
@@ -57,15 +57,19 @@ def deployments(nightlies: Sequence[Nightly], timezone: str) -> list[RunnerDeplo
     from flows.reports import query_reports
     from flows.training import train_model
 
-    on_demand = [flow.to_deployment("form") for flow in (nightly, segment_cohort, preprocess_cohort, train_model)]
-    answers = query_reports.to_deployment("form", description="Ask for volumes over all nights; answers with a table")
+    by_form = (nightly, segment_cohort, preprocess_cohort, train_model, query_reports)
+    on_demand = [cast("RunnerDeployment", flow.to_deployment("form")) for flow in by_form]
+    one_at_a_time = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
     scheduled = [
-        nightly.to_deployment(
-            entry.cohort,
-            parameters={"cohort": entry.cohort, "model": entry.model},
-            schedule=Cron(entry.cron, timezone=timezone),
-            concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+        cast(
+            "RunnerDeployment",
+            nightly.to_deployment(
+                entry.cohort,
+                parameters={"cohort": entry.cohort, "model": entry.model},
+                schedule=Cron(entry.cron, timezone=timezone),
+                concurrency_limit=one_at_a_time,
+            ),
         )
         for entry in nightlies
     ]
-    return [*on_demand, answers, *scheduled]
+    return [*on_demand, *scheduled]

@@ -9,9 +9,11 @@ and the server stops. A small record in ``home/servers`` says which process serv
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import json
+import logging
 import os
 import signal
 import socket
@@ -53,6 +55,7 @@ UI_POLICY = "; ".join(
 )
 """Content security policy of every page: the UI talks to its own server only. Without it Prefect's UI asks a
 statistics service for its configuration at each start, whatever the settings say."""
+ORPHANED = "Its process ended before it could report. Run it again: what it had finished is kept."
 
 
 def prefect_environment(home: Path) -> dict[str, str]:
@@ -103,6 +106,7 @@ class ServerProcess:
         self._record = record
         self._record_path = home / "servers" / f"{record.pid}.json"
         self._log_start = log_path.stat().st_size
+        self._stopped = False
 
     def write_record(self) -> None:
         """Let other processes find this server."""
@@ -129,18 +133,18 @@ class ServerProcess:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """Ask the server to end, wait up to 10 s, kill what is left; harmless when it has ended."""
-        if self.alive:
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_TIMEOUT_S)
+        """Ask the server to end, wait up to 10 s, kill what is left; harmless when it is stopped."""
+        if self._stopped:
+            return
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_TIMEOUT_S)
         # the group outlives its leader when a child of the server hangs
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        self._process.communicate()
         self._record_path.unlink(missing_ok=True)
+        self._stopped = True
 
     def __enter__(self) -> ServerProcess:
         return self
@@ -246,29 +250,23 @@ def check_api(url: str, timeout_s: float) -> None:
     )
 
 
-def mark_crashed(api_url: str, which: dict[str, Any]) -> None:
-    """Set the flow runs that a filter names to Crashed where they are under way; this also frees their slots."""
-    state = {
-        "type": "CRASHED",
-        "name": "Crashed",
-        "message": "Its process ended before it could report. Run it again: what it had finished is kept.",
-    }
-    under_way = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
-    while runs := _post(f"{api_url}/flow_runs/filter", {"flow_runs": under_way | which}):
-        for run in runs:
-            _post(f"{api_url}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
-
-
 def _records(home: Path) -> list[_Record]:
-    """The servers on this home whose processes live."""
+    """The servers on this home whose processes live; records of others are removed."""
     live = []
     for path in sorted((home / "servers").glob("*.json")):
         try:
             record = _Record(**json.loads(path.read_bytes()))
-            if psutil.Process(record.pid).create_time() == record.started:
-                live.append(record)
-        except (OSError, ValueError, TypeError, psutil.Error):
+        except (OSError, ValueError, TypeError):
             continue
+        try:
+            # creation times shift a little when the clock is set
+            same = abs(psutil.Process(record.pid).create_time() - record.started) < 5
+        except psutil.NoSuchProcess:
+            same = False
+        if same:
+            live.append(record)
+        else:
+            path.unlink(missing_ok=True)
     return live
 
 
@@ -302,7 +300,8 @@ def _listen(port: int) -> socket.socket:
 
 def _launch(home: Path, port: int, with_ui: bool) -> ServerProcess:
     home = home.absolute()
-    (home / "servers").mkdir(mode=0o700, parents=True, exist_ok=True)
+    for folder in (home, home / "servers"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     log_path = home / "server.log"
     with _listen(port) as listener, log_path.open("ab") as log:
         url = f"http://{HOST}:{listener.getsockname()[1]}"
@@ -343,17 +342,31 @@ def _server_environment(home: Path, url: str) -> dict[str, str]:
 
 
 def _close_orphans(server: ServerProcess, home: Path) -> None:
-    """Close the runs of processes that were killed.
+    """Set the runs of processes that were killed to Crashed.
 
-    Prefect leaves such a run ``Running`` for ever, and its concurrency slot refuses the next scheduled run. Runs
+    Prefect leaves such a run ``Running`` for ever, and its concurrency slot then refuses the next scheduled run. Runs
     report to a server of their home, so where this is the only one, no run can be under way.
     """
-    if all(record.pid == server.pid for record in _records(home)):
-        mark_crashed(server.api_url, {})
+    if any(record.pid != server.pid for record in _records(home)):
+        return
+    state = {
+        "type": "CRASHED",
+        "name": "Crashed",
+        "message": ORPHANED,
+    }
+    under_way = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
+    closed: set[str] = set()
+    while runs := {run["id"] for run in _post(f"{server.api_url}/flow_runs/filter", {"flow_runs": under_way})} - closed:
+        for run_id in runs:
+            _post(f"{server.api_url}/flow_runs/{run_id}/set_state", {"state": state, "force": True})
+        closed |= runs
 
 
 def _post(url: str, body: dict[str, Any]) -> Any:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    if secret := os.environ.get("PREFECT_API_AUTH_STRING"):
+        headers["Authorization"] = f"Basic {base64.b64encode(secret.encode()).decode()}"
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
             return json.load(response)
@@ -369,6 +382,8 @@ def _send_what_is_left() -> None:
     from prefect.logging.handlers import APILogWorker
 
     for worker in (EventsWorker, APILogWorker):
+        # it warns of what it has still to send, which is the point of draining
+        logging.getLogger(worker.__name__).setLevel(logging.ERROR)
         worker.drain_all(timeout=STOP_TIMEOUT_S, at_exit=False)
 
 

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import psutil
 
-from flows.server import HEALTH_TIMEOUT_S, check_api, mark_crashed
+from flows.server import HEALTH_TIMEOUT_S, ORPHANED, check_api
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
@@ -56,8 +57,7 @@ def serve_until_stopped(deployments: Sequence[RunnerDeployment], api_url: str, g
         check_api(api_url, HEALTH_TIMEOUT_S)  # a lost server is the usual reason, and says so more clearly
         raise error
     if run_ids:
-        mark_crashed(api_url, {"id": {"any_": run_ids}})
-        mark_crashed(api_url, {"parent_flow_run_id": {"any_": run_ids}})
+        _close_runs(run_ids)
 
 
 @contextmanager
@@ -72,14 +72,14 @@ def _stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _stop_runs(grace_s: float) -> list[str]:
+def _stop_runs(grace_s: float) -> list[UUID]:
     """End the flow runs that are children of this process, and everything they started; their ids."""
-    runs: dict[psutil.Process, str] = {}
+    runs: dict[psutil.Process, UUID] = {}
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
             run_id = child.environ().get("PREFECT__FLOW_RUN_ID")
             if run_id is not None:
-                runs[child] = run_id
+                runs[child] = UUID(run_id)
     family = [process for run in runs for process in [run, *_descendants(run)]]
     for run in runs:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -89,6 +89,27 @@ def _stop_runs(grace_s: float) -> list[str]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     return list(runs.values())
+
+
+def _close_runs(run_ids: list[UUID]) -> None:
+    """Set runs that could not report their end, and their subflows, to Crashed."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas import filters
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Crashed
+
+    under_way = filters.FlowRunFilterState(
+        type=filters.FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
+    )
+    with get_client(sync_client=True) as client:
+        for which in (
+            filters.FlowRunFilter(state=under_way, id=filters.FlowRunFilterId(any_=run_ids)),
+            filters.FlowRunFilter(
+                state=under_way, parent_flow_run_id=filters.FlowRunFilterParentFlowRunId(any_=run_ids)
+            ),
+        ):
+            for run in client.read_flow_runs(flow_run_filter=which):
+                client.set_flow_run_state(run.id, Crashed(message=ORPHANED), force=True)
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:

@@ -1,9 +1,14 @@
 """Fixtures shared by all tests."""
 
 import os
+import shutil
+import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.walkthrough import REPOSITORY, run_page
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +19,27 @@ def real_scans() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder of real scans at {folder} (set VNET_SCANS)")
     return folder
+
+
+@dataclass(frozen=True)
+class Walkthrough:
+    """What docs/your-scans.md leaves behind: cohorts ``training`` and ``tonight``, model ``organs``, masks, a night."""
+
+    folder: Path
+    """Holds ``scans``, ``masks`` and the storage root ``vnet-data``."""
+    runs: list[subprocess.CompletedProcess[str]]
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "vnet-data"
+
+    def copy_root(self, target: Path) -> Path:
+        """A storage root of its own for a test that changes it."""
+        return Path(shutil.copytree(self.root, target, ignore=shutil.ignore_patterns("servers", "*.log")))
+
+
+@pytest.fixture(scope="session")
+def walkthrough(tmp_path_factory) -> Walkthrough:
+    """The commands of docs/your-scans.md, run once for all tests that need a trained model or a finished night."""
+    folder = tmp_path_factory.mktemp("walkthrough")
+    return Walkthrough(folder, run_page(REPOSITORY / "docs" / "your-scans.md", folder))

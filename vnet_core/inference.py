@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from itertools import groupby
+from itertools import chain, groupby
 from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vnet_core.blocks import Region, gaussian_weights, tiles
 from vnet_core.errors import MemoryLimitError
@@ -153,22 +154,42 @@ def choose_tile(plan: Plan, shape: Shape, bytes_per_value: int) -> Shape | None:
 def predict_logits(network: nn.Module, image_CZYX: Tensor, plan: Plan) -> Tensor:
     """Logits (K, Z, Y, X), float32 on the processor, of an image (C, Z, Y, X).
 
+    An image smaller than the training patch is surrounded by zeros, as it is in training; see :func:`computed_shape`.
     ``network`` as :func:`prepare` made it. The whole result is held: of a volume in tiles it comes on top of
     ``plan.inference.memory_limit_gib``; use :func:`logit_bands` where that is too much.
 
     Raises MemoryLimitError ``memory.tile``, see :func:`choose_tile`.
     """
+    shape: Shape = (image_CZYX.shape[1], image_CZYX.shape[2], image_CZYX.shape[3])
+    before, after = _margins(plan, shape)
+    if any(after):
+        image_CZYX = F.pad(image_CZYX, [n for axis in (2, 1, 0) for n in (before[axis], after[axis])])
     bands = logit_bands(network, image_CZYX, plan)
-    band = next(bands)
-    if band.shape[1:] == image_CZYX.shape[1:]:
-        return band
-    logits = torch.empty((plan.classes, *image_CZYX.shape[1:]))
-    logits[:, : band.shape[1]] = band
-    done = band.shape[1]
-    for band in bands:
-        logits[:, done : done + band.shape[1]] = band
-        done += band.shape[1]
-    return logits
+    logits = next(bands)
+    if logits.shape[1:] != image_CZYX.shape[1:]:
+        first, logits = logits, torch.empty((plan.classes, *image_CZYX.shape[1:]))
+        done = 0
+        for band in chain([first], bands):
+            logits[:, done : done + band.shape[1]] = band
+            done += band.shape[1]
+    window = tuple(slice(b, b + n) for b, n in zip(before, shape, strict=True))
+    return logits[(slice(None), *window)]
+
+
+def computed_shape(plan: Plan, shape: Shape) -> Shape:
+    """The grid on which a volume of ``shape`` is computed: along no axis shorter than the training patch.
+
+    A network with normalisation has only seen grids of that size; a smaller one has other statistics.
+    """
+    z, y, x = (max(n, p) for n, p in zip(shape, plan.training.patch_size, strict=True))
+    return z, y, x
+
+
+def _margins(plan: Plan, shape: Shape) -> tuple[Shape, Shape]:
+    """Zeros before and after each axis up to :func:`computed_shape`, as evenly as possible."""
+    missing = [whole - n for whole, n in zip(computed_shape(plan, shape), shape, strict=True)]
+    bz, by, bx = (m // 2 for m in missing)
+    return (bz, by, bx), (missing[0] - bz, missing[1] - by, missing[2] - bx)
 
 
 def logit_bands(network: nn.Module, image_CZYX: Tensor, plan: Plan) -> Iterator[Tensor]:

@@ -112,6 +112,13 @@ class TrainingPlan(Section):
     """Axes (0 z, 1 y, 2 x) mirrored with probability 0.5. Leave out an axis whose two sides have different labels."""
     shift_voxels: int = Field(default=4, ge=0)
     """Largest random shift of the patch along each axis."""
+    rotation_degrees: float = Field(default=15.0, ge=0, le=180)
+    """Largest random rotation about each axis; 0 turns it off."""
+    scaling: float = Field(default=0.15, ge=0, lt=1)
+    """Random zoom of the whole patch between 1 - scaling and 1 + scaling; 0 turns it off."""
+    intensity: float = Field(default=0.2, ge=0, lt=1)
+    """Random contrast between 1 - intensity and 1 + intensity, random brightness and noise of up to half that, on the
+    normalised intensities; 0 turns it off."""
     average_decay: float = Field(default=0.99, ge=0, lt=1)
     """Decay per step of the running average of the weights that becomes the model; 0 turns it off."""
     validation_fraction: float = Field(default=0.1, ge=0, lt=1)

@@ -89,6 +89,7 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,

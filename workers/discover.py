@@ -183,12 +183,22 @@ def _tree(folder: Path, result: Discovery) -> None:
         for name, channels in _by_case(scans).items():
             result.cases.append(Found(safe_id(f"{prefix}-{name}" if prefix else name), channels))
         others = [p for p in files if not is_scan(p)]
-        series = dicom_series(directory) if any(_looks_like_dicom(p) for p in others) else {}
-        for number, uid in enumerate(sorted(series)):
-            name = prefix or directory.name
-            case_id = safe_id(name if len(series) == 1 else f"{name}-{number}")
-            result.cases.append(Found(case_id, (f"{directory}#{uid}",)))
-        result.ignored += len(others) - sum(len(paths) for paths in series.values())
+        slices = [p for p in others if _looks_like_dicom(p)]
+        result.cases += _series(directory, prefix or directory.name) if slices else []
+        result.ignored += len(others) - len(slices)
+
+
+def _series(directory: Path, name: str) -> list[Found]:
+    """Every DICOM series of one folder; a folder whose slices cannot be told apart is one refused case."""
+    try:
+        series = dicom_series(directory)
+    except ScanError as error:
+        return [Found(safe_id(name), (), problem=error)]
+    if not series:
+        problem = ScanError("dicom.no-image", "this DICOM folder holds 0 readable image series; copy it again")
+        return [Found(safe_id(name), (), problem=problem)]
+    ids = [name] if len(series) == 1 else [f"{name}-{number}" for number in range(len(series))]
+    return [Found(safe_id(i), (f"{directory}#{uid}",)) for i, uid in zip(ids, sorted(series), strict=True)]
 
 
 def _looks_like_dicom(path: Path) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vnet_core.augment import intensities, rotation_zoom, warped
 from vnet_core.plan import Plan
 from vnet_core.training import class_table, cut, place, sample_generator
 from workers.arrays import read_array
@@ -73,8 +74,12 @@ def batch_of(
         generator = sample_generator(training.seed, step, position)
         volume = volumes[_epoch_order(len(volumes), training.seed, step * training.batch_size + position)]
         placement = place(generator, _shape(volume), volume.foreground, training)
-        images.append(cut(volume.image, placement, training.patch_size))
-        classes.append(cut(volume.classes, placement, training.patch_size).astype(np.int64))
+        image = cut(volume.image, placement, training.patch_size)
+        target = cut(volume.classes, placement, training.patch_size)
+        matrix = rotation_zoom(generator, training.rotation_degrees, training.scaling, plan.preprocess.spacing_mm)
+        image, target = warped(np.ascontiguousarray(image), np.ascontiguousarray(target), matrix)
+        images.append(intensities(generator, image, training.intensity))
+        classes.append(target.astype(np.int64))
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(classes))
 
 

@@ -92,12 +92,14 @@ class Segmenter:
 
     def _check_memory(self, shape: Any) -> None:
         """MemoryLimitError before the pass when its predicted peak is above what is free."""
-        from vnet_core.inference import predicted_peak_bytes
+        from vnet_core.inference import computed_shape, predicted_peak_bytes
 
         if self.device.type != "cpu":
             return
         plan = self.model.plan
-        predicted = predicted_peak_bytes(plan.network, len(plan.channels), plan.classes, shape, self.precision.itemsize)
+        predicted = predicted_peak_bytes(
+            plan.network, len(plan.channels), plan.classes, computed_shape(plan, shape), self.precision.itemsize
+        )
         needed = min(predicted, int(plan.inference.memory_limit_gib * 2**30))
         free = psutil.virtual_memory().available
         if needed > free:

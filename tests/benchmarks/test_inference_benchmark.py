@@ -14,16 +14,21 @@ from benchmarks.inference import agreement, dice, small, synthetic_image
 from vnet_core.inference import predict_logits, prepare
 from vnet_core.networks.vnet import build_vnet
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "inference.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_it_runs(tmp_path):
     output = tmp_path / "result.md"
-    command = [sys.executable, str(SCRIPT), "--small", "--runs", "1", "--output", str(output)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "benchmarks.inference", "--small", "--runs", "1", "--output", str(output)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     text = output.read_text()
     assert run.stdout.strip() == text.strip()
-    for part in ("| one pass |", "| MONAI sliding window |", "times** as long", "- command: `python benchmarks/infer"):
+    for part in (
+        "| one pass |",
+        "| MONAI sliding window |",
+        "times** as long",
+        "- command: `python -m benchmarks.infer",
+    ):
         assert part in text
 
 

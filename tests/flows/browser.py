@@ -116,7 +116,7 @@ def _set_field(page: "Page", label: str, value: Any) -> None:
         tabs.nth(next(i for i, name in enumerate(names) if (name == "None") == (value is None))).click()
     if value is None:
         return
-    choice = box.get_by_role("button", name=f"Select {label}", exact=True)
+    choice = box.locator("button[aria-haspopup=listbox]")
     if choice.count():
         _choose(page, box, choice, value)
     elif isinstance(value, bool):
@@ -136,7 +136,9 @@ def _choose(page: "Page", box: "Locator", choice: "Locator", value: Any) -> None
         while tags.count():
             tags.first.click()
     for option in value if isinstance(value, list) else [value]:
-        if page.get_by_role("listbox").count() == 0:
+        if choice.get_attribute("aria-expanded") != "true":
             choice.click()
-        page.get_by_role("option", name=option, exact=True).click()
-    page.keyboard.press("Escape")
+        page.get_by_role("option", name=str(option), exact=True).click()
+    if choice.get_attribute("aria-expanded") == "true":
+        page.keyboard.press("Escape")
+    page.get_by_role("listbox").wait_for(state="hidden")

@@ -54,13 +54,13 @@ def report(cohort: str, settings: Settings = Settings()) -> State:  # noqa: B008
 
 
 @flow(name="sample-stall")
-def stall(marker: str) -> None:
+def stall(marker: str, cleaning_s: float = 0) -> None:
     """Start a child, then wait; the file ``marker`` tells how it ended."""
-    with open(marker, "w") as told:
+    with open(marker, "w", buffering=1) as told:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
         try:
             told.write(f"{child.pid}\n")
-            told.flush()
             time.sleep(300)
         finally:
+            time.sleep(cleaning_s)
             told.write("cleaned\n")

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.server import ServerProcess, check_api, prefect_environment, running_server, start_server
+from flows.server import ORPHANED, ServerProcess, check_api, prefect_environment, running_server, start_server
 from tests.flows.browser import (
     call_api,
     open_artifact,
@@ -35,7 +35,7 @@ from prefect.flows import EntrypointType
 from flows.serving import serve_until_stopped
 from tests.flows.sample_flows import report, stall
 deployments = [flow.to_deployment("local", entrypoint_type=EntrypointType.MODULE_PATH) for flow in (report, stall)]
-serve_until_stopped(deployments, os.environ["PREFECT_API_URL"], grace_s=10)
+serve_until_stopped(deployments, os.environ["PREFECT_API_URL"], grace_s=4)
 print("stopped")
 """
 PRIVATE = """
@@ -235,6 +235,7 @@ def test_a_private_server_ends_with_its_process_and_the_next_one_closes_its_run(
         "message": "1 of 3 cases failed",
         "server": True,
     }
+    assert again.stderr == ""
     with start_server(home, 0) as server:
         runs = call_api(server.url, "/flow_runs/filter", {"sort": "START_TIME_ASC"})
         assert [run["state_name"] for run in runs] == ["Crashed", "CompletedWithFailures"]
@@ -293,24 +294,25 @@ def test_a_form_runs_a_deployment_and_its_artifacts_show(server: ServerProcess, 
 
 def test_serving_stops_runs_in_good_order(server: ServerProcess, served: subprocess.Popen[str], tmp_path: Path) -> None:
     deployment = call_api(server.url, "/deployments/name/sample-stall/local")
-    marker = tmp_path / "marker"
-    asked = {"parameters": {"marker": str(marker)}, "state": {"type": "SCHEDULED"}}
-    run = call_api(server.url, f"/deployments/{deployment['id']}/create_flow_run", asked)
-    until(lambda: marker.exists() and marker.read_text())
+    markers = {"willing": tmp_path / "willing", "stubborn": tmp_path / "stubborn"}
+    run_ids = {}
+    for name, marker in markers.items():
+        parameters = {"marker": str(marker), "cleaning_s": 300 if name == "stubborn" else 0}
+        asked = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+        run_ids[name] = call_api(server.url, f"/deployments/{deployment['id']}/create_flow_run", asked)["id"]
+    until(lambda: all(marker.exists() and marker.read_text() for marker in markers.values()))
     family = psutil.Process(served.pid).children(recursive=True)
-    grandchild = int(marker.read_text())
-    assert grandchild in [process.pid for process in family]
+    grandchildren = {name: int(marker.read_text()) for name, marker in markers.items()}
+    assert set(grandchildren.values()) < {process.pid for process in family}
 
     served.send_signal(signal.SIGTERM)
     out, err = served.communicate(timeout=30)
 
     assert (served.returncode, out) == (0, "stopped\n"), err
-    assert marker.read_text() == f"{grandchild}\ncleaned\n"
-    assert all(gone(process.pid) for process in family)
-    ended = call_api(server.url, f"/flow_runs/{run['id']}")
-    assert (ended["state_name"], ended["state"]["message"]) == (
-        "Crashed",
-        "Execution was aborted by a termination signal.",
-    )
-    schedules_paused = call_api(server.url, "/deployments/name/sample-stall/local")["paused"]
-    assert schedules_paused is False
+    assert markers["willing"].read_text() == f"{grandchildren['willing']}\ncleaned\n"
+    assert markers["stubborn"].read_text() == f"{grandchildren['stubborn']}\n"
+    until(lambda: all(gone(process.pid) for process in family), 5)
+    willing, stubborn = (call_api(server.url, f"/flow_runs/{run_ids[name]}")["state"] for name in markers)
+    assert (willing["name"], willing["message"]) == ("Crashed", "Execution was aborted by a termination signal.")
+    assert (stubborn["name"], stubborn["message"]) == ("Crashed", ORPHANED)
+    assert call_api(server.url, "/deployments/name/sample-stall/local")["paused"] is False

@@ -182,7 +182,7 @@ def test_a_constant_scan_is_refused_with_its_value(value):
 def test_one_constant_channel_is_named():
     voxels = np.zeros((2, 3, 3, 3), np.float32)
     voxels[0] = np.arange(27).reshape(3, 3, 3)
-    with pytest.raises(ScanError, match="channel 1 has the value 0.0 everywhere"):
+    with pytest.raises(ScanError, match=r"channel 1 has the value 0\.0 everywhere"):
         normalise(voxels, PreprocessPlan())
 
 

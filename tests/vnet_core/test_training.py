@@ -380,7 +380,7 @@ def weight_gradients(module: nn.Module, images: torch.Tensor, bfloat16: bool) ->
 
 
 def without_kinks(module: nn.Module) -> None:
-    """Slopes of 1, so that rounding moves no value to the other side of a kink and gradients differ by rounding only."""
+    """Slopes of 1: rounding then moves no value to the other side of a kink, and gradients differ by little."""
     for part in module.modules():
         if isinstance(part, nn.PReLU):
             nn.init.ones_(part.weight)

@@ -62,14 +62,14 @@ class VNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K, Z, Y, X) of an image ``x`` (B, C, Z, Y, X), both of the weights' floating dtype.
 
-        An axis that is not a multiple of ``plan.divisor`` is extended by repeating its edge, as evenly on both sides
-        as possible, and the logits are cropped back.
+        An axis that is not a multiple of ``plan.divisor`` is extended with zeros, as evenly on both sides as possible
+        (so are training patches that reach beyond their volume), and the logits are cropped back.
         """
         shape = x.shape[2:]
         before, after = padding(shape, self.plan.divisor)
         if any(after):
             ends = [n for axis in (2, 1, 0) for n in (before[axis], after[axis])]
-            x = F.pad(x, ends, mode="replicate")
+            x = F.pad(x, ends)
         skips: list[Tensor] = []
         for stage, down in zip(self.encoder, self.down, strict=False):
             skips.append(stage(x))

@@ -1,0 +1,1 @@
+"""Measurements that are written down with their machine, commit and command."""

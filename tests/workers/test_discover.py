@@ -1,0 +1,412 @@
+"""Which cases a source holds: every layout on a made folder, and nothing that vanishes."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import SimpleITK as sitk
+
+from vnet_core.errors import ConfigError, ScanError
+from workers.discover import Discovery, Found, discover
+from workers.scans import read_volume
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"scan")
+
+
+def found(*sources: Path) -> Discovery:
+    return discover([str(source) for source in sources])
+
+
+def cases(*sources: Path) -> dict[str, tuple[list[str], str | None]]:
+    """Case id to the file names of its channels and label."""
+    return {
+        case.id: ([Path(c).name for c in case.channels], Path(case.label).name if case.label else None)
+        for case in found(*sources).cases
+    }
+
+
+def problems(discovery: Discovery) -> dict[str, str]:
+    return {case.id: case.problem.code for case in discovery.cases if case.problem}
+
+
+def write_series(folder: Path, slices: int = 3, series: str = "1.2.826.0.1.1") -> None:
+    """A CT series of single-frame DICOM files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for z in range(slices):
+        image = sitk.GetImageFromArray(np.full((4, 5), z, np.int16))
+        tags = {
+            "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
+            "0008|0018": f"{series}.{z + 1}",
+            "0008|0060": "CT",
+            "0020|000d": "1.2.826.0.1.9",
+            "0020|000e": series,
+            "0020|0013": str(z + 1),
+            "0020|0032": f"0\\0\\{2.5 * z}",
+            "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0028|0030": "1\\1",
+        }
+        for tag, value in tags.items():
+            image.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{series[-1]}-{z:03}.dcm"))
+        writer.Execute(image)
+
+
+# --- folders of images and labels
+
+
+def test_the_decathlons_layout(tmp_path):
+    touch(tmp_path, "imagesTr/liver_0.nii.gz", "imagesTr/liver_1.nii.gz", "imagesTs/liver_2.nii.gz")
+    touch(tmp_path, "labelsTr/liver_0.nii.gz", "labelsTr/liver_1.nii.gz")
+    touch(tmp_path, "imagesTr/._liver_0.nii.gz", "labelsTr/._liver_0.nii.gz")
+    mapping = {"modality": {"0": "CT"}, "labels": {"0": "background", "2": "cancer", "1": "liver"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(mapping))
+    assert cases(tmp_path) == {
+        "liver_0": (["liver_0.nii.gz"], "liver_0.nii.gz"),
+        "liver_1": (["liver_1.nii.gz"], "liver_1.nii.gz"),
+        "liver_2": (["liver_2.nii.gz"], None),
+    }
+    discovery = found(tmp_path)
+    assert discovery.channels == ("CT",)
+    assert [(label.value, label.name) for label in discovery.labels] == [(1, "liver"), (2, "cancer")]
+    assert not problems(discovery)
+
+
+def test_nnu_nets_layout(tmp_path):
+    for case in ("BRATS_001", "BRATS_002"):
+        touch(tmp_path, *(f"imagesTr/{case}_000{i}.nii.gz" for i in range(4)), f"labelsTr/{case}.nii.gz")
+    mapping = {
+        "channel_names": {"0": "FLAIR", "1": "T1w", "2": "T1gd", "3": "T2w"},
+        "labels": {"background": 0, "edema": 1, "core": 2},
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(mapping))
+    channels = {case: [f"{case}_000{i}.nii.gz" for i in range(4)] for case in ("BRATS_001", "BRATS_002")}
+    assert cases(tmp_path) == {case: (files, f"{case}.nii.gz") for case, files in channels.items()}
+    discovery = found(tmp_path)
+    assert discovery.channels == ("FLAIR", "T1w", "T1gd", "T2w")
+    assert [(label.value, label.name) for label in discovery.labels] == [(1, "edema"), (2, "core")]
+
+
+def test_channel_names_are_in_the_order_of_their_numbers(tmp_path):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz")
+    names = {str(i): f"channel {i}" for i in reversed(range(12))}
+    (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": names}))
+    assert found(tmp_path).channels == tuple(f"channel {i}" for i in range(12))
+
+
+def test_plain_images_and_labels_of_any_format(tmp_path):
+    touch(tmp_path, "images/a.nrrd", "images/b.mha", "images/c.NII", "labels/a.nii.gz", "labels/b.mha")
+    assert cases(tmp_path) == {"a": (["a.nrrd"], "a.nii.gz"), "b": (["b.mha"], "b.mha"), "c": (["c.NII"], None)}
+
+
+def test_images_without_a_folder_of_labels(tmp_path):
+    touch(tmp_path, "images/a.nii.gz")
+    assert cases(tmp_path) == {"a": (["a.nii.gz"], None)}
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        ("{", "source.dataset-json"),
+        (json.dumps({"labels": {"background": 0, "whole": [1, 2]}}), "source.regions"),
+        (json.dumps({"labels": {"background": 0, "liver": "one"}}), "source.regions"),
+    ],
+)
+def test_a_dataset_json_that_cannot_be_used_is_named(tmp_path, content, code):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz")
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"dataset\.json") as caught:
+        found(tmp_path)
+    assert caught.value.code == code
+
+
+# --- channels
+
+
+def test_a_missing_channel_is_the_cases_problem(tmp_path):
+    touch(tmp_path, "images/a_0000.nii.gz", "images/a_0001.nii.gz", "images/b_0000.nii.gz", "images/c_0001.nii.gz")
+    discovery = found(tmp_path)
+    assert problems(discovery)["b"] == "cohort.missing-channel"
+    assert "1 of 2 channels" in str(next(case.problem for case in discovery.cases if case.id == "b"))
+    assert len(problems(discovery)) == 2
+    assert not next(case for case in discovery.cases if case.id == "a").problem
+
+
+@pytest.mark.parametrize("folders", [("imagesTr", "labelsTr"), ("images", "labels")])
+def test_cases_with_numbers_of_four_digits_are_no_channels(tmp_path, folders):
+    """amos_0001 and amos_0004 are two patients when each has a label of its own."""
+    for number in ("0001", "0004", "0005"):
+        touch(tmp_path, *(f"{folder}/amos_{number}.nii.gz" for folder in folders))
+    assert cases(tmp_path) == {
+        f"amos_{number}": ([f"amos_{number}.nii.gz"], f"amos_{number}.nii.gz") for number in ("0001", "0004", "0005")
+    }
+
+
+def test_scans_numbered_from_1_are_cases_since_channels_are_numbered_from_0(tmp_path):
+    """Without labels too: else the scans of several patients become one case of several channels."""
+    touch(tmp_path, "ct_0001.nii.gz", "ct_0002.nii.gz", "ct_0003.nii.gz", "mr_0000.nii.gz", "mr_0001.nii.gz")
+    assert {case: len(channels) for case, (channels, _) in cases(tmp_path).items()} == {
+        "ct_0001": 1,
+        "ct_0002": 1,
+        "ct_0003": 1,
+        "mr": 2,
+    }
+
+
+def test_numbered_cases_of_several_channels(tmp_path):
+    touch(tmp_path, *(f"imagesTr/amos_{n}_000{i}.nii.gz" for n in ("0001", "0004") for i in (0, 1)))
+    touch(tmp_path, "labelsTr/amos_0001.nii.gz", "labelsTr/amos_0004.nii.gz")
+    assert [len(channels) for channels, _ in cases(tmp_path).values()] == [2, 2]
+    assert list(cases(tmp_path)) == ["amos_0001", "amos_0004"]
+
+
+# --- cases that cannot be
+
+
+def test_a_label_without_image_is_a_case_with_a_problem(tmp_path):
+    touch(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", "labels/b.nii.gz")
+    discovery = found(tmp_path)
+    assert problems(discovery) == {"b": "cohort.missing-image"}
+    assert [case.id for case in discovery.cases] == ["a", "b"]
+
+
+def test_the_second_case_of_one_id_is_refused_and_not_lost(tmp_path):
+    touch(tmp_path, "one/a.nii.gz", "one/b.nii.gz", "two/a.mha")
+    discovery = found(tmp_path / "one", tmp_path / "two")
+    assert [case.id for case in discovery.cases] == ["a", "a.2", "b"]
+    assert problems(discovery) == {"a.2": "cohort.duplicate-id"}
+    assert "called a" in str(discovery.cases[1].problem)
+
+
+def test_ids_are_distinct_whatever_the_cases_are_called(tmp_path):
+    touch(tmp_path, "one/a.nii.gz", "two/a.nii.gz", "one/a.2.nii.gz", "two/a.2.nii.gz")
+    ids = [case.id for case in found(tmp_path / "one", tmp_path / "two").cases]
+    assert len(set(ids)) == len(ids) == 4
+
+
+def test_odd_names_become_ids_that_stay_apart(tmp_path):
+    touch(tmp_path, "images/Müller, Anna.nii.gz", "images/Mäller, Anna.nii.gz", f"images/{'x' * 120}.nii.gz")
+    ids = [case.id for case in found(tmp_path).cases]
+    assert len(set(ids)) == 3
+    assert all(len(case_id) <= 100 and case_id.isascii() and " " not in case_id for case_id in ids)
+
+
+def test_a_source_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere") as caught:
+        found(tmp_path / "nowhere")
+    assert caught.value.code == "source.missing"
+
+
+def test_an_empty_folder_holds_no_case(tmp_path):
+    discovery = found(tmp_path)
+    assert (discovery.cases, discovery.ignored) == ([], 0)
+
+
+# --- manifests
+
+
+def write_csv(path: Path, *rows: dict) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_parquet(path: Path, *rows: dict) -> Path:
+    pyarrow.parquet.write_table(pa.Table.from_pylist(list(rows)), path)
+    return path
+
+
+@pytest.mark.parametrize(("write", "name"), [(write_csv, "m.csv"), (write_parquet, "M.PARQUET")])
+def test_a_manifest_of_either_kind(tmp_path, write, name):
+    touch(tmp_path, "a.nii.gz", "sub/b.mha", "sub/b-label.nii.gz")
+    path = write(
+        tmp_path / name,
+        {"case": "a", "image": "a.nii.gz", "label": "", "patient": "p1"},
+        {"case": "b", "image": str(tmp_path / "sub/b.mha"), "label": "sub/b-label.nii.gz", "patient": ""},
+    )
+    assert found(path).cases == [
+        Found("a", (str(tmp_path / "a.nii.gz"),), None, "p1"),
+        Found("b", (str(tmp_path / "sub/b.mha"),), str(tmp_path / "sub/b-label.nii.gz"), None),
+    ]
+
+
+def test_a_manifest_of_several_channels_names_them(tmp_path):
+    touch(tmp_path, "a1.nii.gz", "a2.nii.gz", "b1.nii.gz")
+    path = write_csv(
+        tmp_path / "m.csv",
+        {"case": "a", "image_T1": "a1.nii.gz", "image_T2": "a2.nii.gz"},
+        {"case": "b", "image_T1": "b1.nii.gz", "image_T2": ""},
+    )
+    discovery = found(path)
+    assert discovery.channels == ("T1", "T2")
+    assert cases(path)["a"] == (["a1.nii.gz", "a2.nii.gz"], None)
+    assert problems(discovery) == {"b": "cohort.missing-channel"}
+
+
+def test_a_manifest_of_a_spreadsheet_begins_with_a_byte_order_mark(tmp_path):
+    touch(tmp_path, "a.nii.gz")
+    (tmp_path / "m.csv").write_bytes(b"\xef\xbb\xbfcase,image\r\na,a.nii.gz\r\n")
+    assert list(cases(tmp_path / "m.csv")) == ["a"]
+
+
+@pytest.mark.parametrize("write", [write_csv, write_parquet])
+@pytest.mark.parametrize("row", [{"id": "a", "image": "x"}, {"case": "a", "scan": "x"}])
+def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, write, row):
+    path = write(tmp_path / f"m.{'csv' if write is write_csv else 'parquet'}", row)
+    with pytest.raises(ConfigError) as caught:
+        found(path)
+    assert caught.value.code == "manifest.columns"
+    assert all(column in str(caught.value) for column in row)
+    assert "case and image" in str(caught.value)
+
+
+def test_a_manifest_with_its_columns_and_no_row_holds_no_case(tmp_path):
+    (tmp_path / "m.csv").write_text("case,image\n")
+    assert found(tmp_path / "m.csv").cases == []
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.parquet"])
+def test_a_manifest_that_cannot_be_read_is_the_users_to_mend(tmp_path, name):
+    (tmp_path / name).write_bytes(b"case,image\n\xff\xfe\x00,M\xfcller.nii.gz\n")
+    with pytest.raises(ConfigError, match=name):
+        found(tmp_path / name)
+
+
+def test_rows_that_cannot_be_used_stay_as_cases_with_their_problem(tmp_path):
+    touch(tmp_path, "a.nii.gz", "c.nii.gz")
+    path = write_csv(
+        tmp_path / "m.csv",
+        {"case": "a", "image": "gone.nii.gz", "label": ""},
+        {"case": "b", "image": "", "label": ""},
+        {"case": "c", "image": "c.nii.gz", "label": "gone-label.nii.gz"},
+        {"case": "a", "image": "a.nii.gz", "label": ""},
+    )
+    discovery = found(path)
+    assert problems(discovery) == {
+        "a": "scan.missing",
+        "a.2": "cohort.duplicate-id",
+        "b": "cohort.missing-image",
+        "c": "scan.missing",
+    }
+    assert "gone-label.nii.gz" in str(discovery.cases[3].problem)
+
+
+def test_patients_of_a_table_with_numbers_are_text(tmp_path):
+    touch(tmp_path, "a.nii.gz", "b.nii.gz", "c.nii.gz")
+    rows = [{"case": c, "image": f"{c}.nii.gz", "patient": p} for c, p in (("a", 0), ("b", 7), ("c", None))]
+    discovery = found(write_parquet(tmp_path / "m.parquet", *rows))
+    assert [case.patient for case in discovery.cases] == ["0", "7", None]
+
+
+def test_a_manifest_may_name_a_series_of_a_folder_and_a_file_with_a_hash_in_its_name(tmp_path):
+    write_series(tmp_path / "dicom")
+    touch(tmp_path, "scan#1.nii.gz")
+    path = write_csv(
+        tmp_path / "m.csv",
+        {"case": "a", "image": "dicom#1.2.826.0.1.1"},
+        {"case": "b", "image": "scan#1.nii.gz"},
+    )
+    discovery = found(path)
+    assert read_volume(discovery.cases[0].channels[0]).voxels.shape == (1, 3, 4, 5)
+    assert not problems(discovery)
+
+
+# --- single files and trees
+
+
+def test_one_file_is_one_case_even_when_it_is_no_scan(tmp_path):
+    touch(tmp_path, "scan.nii.gz", "notes.txt")
+    assert cases(tmp_path / "scan.nii.gz", tmp_path / "notes.txt") == {
+        "notes.txt": (["notes.txt"], None),
+        "scan": (["scan.nii.gz"], None),
+    }
+
+
+def test_a_tree_names_cases_after_their_folders(tmp_path):
+    touch(tmp_path, "p1/ct.nii.gz", "p2/visit1/ct.nii.gz", "p2/visit2/ct_0000.mha", "p2/visit2/ct_0001.mha", "top.nrrd")
+    assert set(cases(tmp_path)) == {"p1-ct", "p2-visit1-ct", "p2-visit2-ct", "top"}
+    assert cases(tmp_path)["p2-visit2-ct"][0] == ["ct_0000.mha", "ct_0001.mha"]
+
+
+def test_foreign_files_are_counted_and_hidden_ones_passed_over(tmp_path):
+    touch(tmp_path, "a.nii.gz", "notes.txt", "sub/table.xlsx", ".DS_Store", "._a.nii.gz", "sub/.hidden.nii.gz")
+    discovery = found(tmp_path)
+    assert [case.id for case in discovery.cases] == ["a"]
+    assert discovery.ignored == 2
+
+
+def test_foreign_files_beside_images_and_labels_are_counted(tmp_path):
+    touch(tmp_path, "images/a.nii.gz", "images/a.json", "labels/a.nii.gz", "labels/readme.txt", "images/._a.nii.gz")
+    discovery = found(tmp_path)
+    assert [case.id for case in discovery.cases] == ["a"]
+    assert discovery.ignored == 2
+
+
+def test_nothing_under_a_hidden_folder_is_a_case(tmp_path):
+    touch(tmp_path, "a.nii.gz", ".Trash/b.nii.gz", ".Trash/old/c.nii.gz", "sub/.cache/deep/d.nii.gz")
+    assert set(cases(tmp_path)) == {"a"}
+
+
+def test_a_tree_of_dicom_is_one_case_per_series(tmp_path):
+    write_series(tmp_path / "p1" / "ct")
+    write_series(tmp_path / "p2", series="1.2.826.0.1.1")
+    write_series(tmp_path / "p2", series="1.2.826.0.1.2")
+    touch(tmp_path, "p1/ct/readme.txt", "p1/extra.nii.gz")
+    discovery = found(tmp_path)
+    assert [case.id for case in discovery.cases] == ["p1-ct", "p1-extra", "p2-0", "p2-1"]
+    assert discovery.ignored == 1
+    for case in discovery.cases:
+        if case.id != "p1-extra":
+            assert read_volume(case.channels[0]).voxels.shape == (1, 3, 4, 5)
+    assert discovery.cases[2].channels[0].endswith("#1.2.826.0.1.1")
+
+
+def test_a_folder_of_one_series_is_a_case_of_its_name(tmp_path):
+    write_series(tmp_path / "thorax")
+    for path in (tmp_path / "thorax").iterdir():
+        path.rename(path.with_suffix(""))  # as scanners often name them
+    assert [case.id for case in found(tmp_path / "thorax").cases] == ["thorax"]
+
+
+def test_a_folder_with_a_damaged_slice_does_not_take_the_others_along(tmp_path):
+    """183 samples per pixel in one header, at which the DICOM library gives up on the folder."""
+    write_series(tmp_path / "good")
+    write_series(tmp_path / "odd")
+    path = sorted((tmp_path / "odd").iterdir())[0]
+    samples_per_pixel = b"\x28\x00\x02\x00\x02\x00\x00\x00"
+    assert samples_per_pixel + b"\x01" in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(samples_per_pixel + b"\x01", samples_per_pixel + b"\xb7"))
+    discovery = found(tmp_path)
+    assert [case.id for case in discovery.cases] == ["good", "odd"]
+    good, odd = discovery.cases
+    assert good.problem is None
+    if odd.problem is None:
+        with pytest.raises(ScanError):
+            read_volume(odd.channels[0])
+
+
+@pytest.mark.parametrize("keep", [200, 400])
+def test_a_series_whose_slices_are_all_cut_off_is_still_a_case(tmp_path, keep):
+    """It was broken on the way here; its patient must not be missing from the table without a word."""
+    write_series(tmp_path / "good")
+    write_series(tmp_path / "odd")
+    for path in (tmp_path / "odd").iterdir():
+        path.write_bytes(path.read_bytes()[:keep])
+    assert [case.id for case in found(tmp_path).cases] == ["good", "odd"]
+
+
+def test_the_order_of_sources_and_files_does_not_matter(tmp_path):
+    touch(tmp_path, "one/b.nii.gz", "one/a.nii.gz", "two/c.nii.gz")
+    assert found(tmp_path / "one", tmp_path / "two").cases == found(tmp_path / "two", tmp_path / "one").cases

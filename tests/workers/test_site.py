@@ -1,0 +1,150 @@
+"""Site files: defaults without one, and every mistake told by name."""
+
+import os
+import re
+import tomllib
+
+import pytest
+
+from vnet_core.errors import ConfigError
+from workers.clusters import Engines, processors
+from workers.site import Site, load_site
+
+WHOLE = """
+root = "file:///srv/vnet"
+dask_address = "tcp://10.0.0.5:8786"
+ray_address = "10.0.0.5:6379"
+preprocess_workers = 6
+segment_workers = 2
+train_workers = 4
+gpus_per_worker = 0.5
+batch_cases = 16
+timezone = "Europe/Berlin"
+ui_port = 4300
+
+[[nightly]]
+cohort = "liver"
+model = "liver@v3"
+cron = "30 2 * * *"
+
+[[nightly]]
+cohort = "spleen"
+model = "spleen"
+"""
+
+
+def written(tmp_path, text: str):
+    path = tmp_path / "site.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(tmp_path, text: str) -> tuple[str, str]:
+    with pytest.raises(ConfigError) as caught:
+        load_site(written(tmp_path, text))
+    return caught.value.code, str(caught.value)
+
+
+def test_without_a_file_everything_is_on_this_machine():
+    site = load_site(None)
+    assert site == Site()
+    assert site.root == "vnet-data"
+    engines = site.engines
+    assert (engines.dask_address, engines.ray_address) == (None, None)
+    assert engines.cpus == engines.preprocess_workers == processors() >= 1
+    assert (engines.segment_workers, engines.train_workers, engines.gpus_per_worker) == (1, 1, 0.0)
+
+
+def test_an_empty_file_is_the_default(tmp_path):
+    assert load_site(written(tmp_path, "")) == Site()
+
+
+def test_every_key_is_read(tmp_path):
+    site = load_site(str(written(tmp_path, WHOLE)))
+    mapping = tomllib.loads(WHOLE)
+    assert set(mapping) == set(Site.model_fields)
+    nightly = mapping.pop("nightly")
+    assert site.model_dump(exclude={"nightly"}) == mapping
+    assert [entry.model_dump() for entry in site.nightly] == [nightly[0], {**nightly[1], "cron": "0 1 * * *"}]
+    engines = site.engines
+    assert engines == Engines(
+        dask_address="tcp://10.0.0.5:8786",
+        ray_address="10.0.0.5:6379",
+        preprocess_workers=6,
+        segment_workers=2,
+        train_workers=4,
+        cpus=processors(),
+        gpus_per_worker=0.5,
+    )
+
+
+def test_an_unknown_key_names_the_nearest(tmp_path):
+    code, message = refused(tmp_path, 'ray_adress = "x"')
+    assert code == "site.unknown-key"
+    assert "ray_adress is not a key of the site; the nearest is ray_address" in message
+
+
+def test_an_unknown_key_of_a_night_names_the_nearest(tmp_path):
+    code, message = refused(tmp_path, '[[nightly]]\ncohort = "a"\nmodel = "m"\nchron = "0 1 * * *"')
+    assert code == "site.unknown-key"
+    assert "nightly.0.chron is not a key of the site" in message
+    assert re.search(r"the nearest is [a-z0-9.]*cron\b", message), message
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("ui_port = 70000", ["ui_port", "70000", "65535"]),
+        ("ui_port = 0", ["ui_port", "(got 0)"]),
+        ("segment_workers = 0", ["segment_workers", "(got 0)"]),
+        ("batch_cases = 1001", ["batch_cases", "1000"]),
+        ("gpus_per_worker = -1", ["gpus_per_worker", "-1"]),
+        ("root = 5", ["root", "(got 5)"]),
+        ('preprocess_workers = "all"', ["preprocess_workers", "'all'"]),
+        ('[[nightly]]\ncohort = "a"', ["nightly.0.model"]),
+    ],
+)
+def test_a_value_that_cannot_work_is_named(tmp_path, line, words):
+    code, message = refused(tmp_path, line)
+    assert code == "site.value"
+    assert all(word in message for word in words), message
+
+
+def test_a_file_that_is_no_toml_is_named_with_its_line(tmp_path):
+    code, message = refused(tmp_path, "root = \nray_address")
+    assert code == "site.toml"
+    assert "site.toml" in message
+    assert "line 1" in message
+
+
+def test_a_file_in_another_encoding_is_no_toml(tmp_path):
+    path = tmp_path / "site.toml"
+    path.write_bytes('root = "/srv/Zürich"'.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"site\.toml"):
+        load_site(path)
+
+
+@pytest.mark.parametrize("name", ["absent.toml", ""])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+    with pytest.raises(ConfigError) as caught:
+        load_site(tmp_path / name)
+    assert caught.value.code == "site.missing"
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_cores_are_shared_out_and_nobody_goes_without():
+    engines = Engines(cpus=8, segment_workers=3, train_workers=16)
+    assert engines.cpus_per_segment_worker == 2
+    assert engines.cpus_per_train_worker == 1
+
+
+def test_processors_are_those_this_process_may_use():
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system has no processor affinity")
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert processors() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert processors() == len(allowed)
