@@ -10,9 +10,9 @@ from typing import Any
 
 from workers.report import Night
 
-PICTURES = 12
+PICTURES = 8
 """Most QC pictures in a report."""
-REPORT_BYTES = 2_000_000
+REPORT_BYTES = 1_200_000
 """Largest report; pictures that would exceed it are left out and counted."""
 TABLE_ROWS = 2_000
 """Most rows of a table artifact; the Parquet file has all."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _log_to_stderr()
     started = time.monotonic()
     try:
-        with _environment(options):
+        with _environment(options) as api_is_ready:
             from flows import commands
 
+            # the server starts while Prefect is imported
+            if options.command in RUNS_FLOWS:
+                importlib.import_module("flows.cohorts")
+            api_is_ready()
             result = commands.RUN[options.command](options)
     except VnetError as error:
         print(f"vnet {options.command}: {error.code}: {error.message}", file=sys.stderr)
@@ -85,14 +90,16 @@ def exit_code(cases: Sequence[dict[str, Any]]) -> int:
 
 
 @contextlib.contextmanager
-def _environment(options: argparse.Namespace) -> Iterator[None]:
+def _environment(options: argparse.Namespace) -> Iterator[Callable[[], None]]:
     """Give the process the environment that flows and their subprocesses read, before Prefect is imported.
+
+    Yields a function that returns once the Prefect API answers.
 
     A command that runs flows gets a Prefect API: the one that PREFECT_API_URL names, the server that ``vnet serve``
     runs on this root, or one of its own for the time of the command. All on this root share one database.
     """
     if options.command == "evaluate":
-        yield
+        yield lambda: None
         return
     if options.root:
         os.environ[ROOT_VARIABLE] = options.root
@@ -108,12 +115,11 @@ def _environment(options: argparse.Namespace) -> Iterator[None]:
     if options.command not in RUNS_FLOWS or url:
         if url and options.command in RUNS_FLOWS:
             check_api(url, API_TIMEOUT_S)
-        yield
+        yield lambda: None
         return
     with local_api(home) as api:
         os.environ["PREFECT_API_URL"] = api.url
-        api.wait_until_ready()
-        yield
+        yield api.wait_until_ready
 
 
 def parser() -> argparse.ArgumentParser:

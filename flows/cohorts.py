@@ -23,10 +23,10 @@ from workers.masks import MaskFormat, mask_file
 from workers.models import Model, load_model
 from workers.segment import STAGE, Job, SegmentPool, key_of
 
-CohortName = Annotated[str, Field(title="Cohort", description="Name given at vnet ingest", min_length=1)]
-ModelReference = Annotated[str, Field(title="Model", description="name or name@version", min_length=1)]
-PlanSource = Annotated[str, Field(title="Plan", description="auto, or a TOML file on the machine that runs the flow")]
-Format = Annotated[MaskFormat, Field(title="Mask format")]
+# The form takes its texts from the docstrings of the flows.
+CohortName = Annotated[str, Field(min_length=1)]
+ModelReference = Annotated[str, Field(min_length=1)]
+PlanSource = Annotated[str, Field(min_length=1)]
 
 
 @flow(name="preprocess-cohort", flow_run_name="preprocess {cohort}", validate_parameters=True)
@@ -34,7 +34,7 @@ def preprocess_cohort(cohort: CohortName, plan: PlanSource = "auto") -> State[An
     """Bring every usable case of a cohort onto the plan's grid, as Zarr volumes.
 
     Args:
-        cohort: which cohort
+        cohort: name that was given at vnet ingest
         plan: auto, or a TOML file whose settings replace those of the derived plan
     """
     session = open_session()
@@ -45,12 +45,12 @@ def preprocess_cohort(cohort: CohortName, plan: PlanSource = "auto") -> State[An
 
 
 @flow(name="segment-cohort", flow_run_name="segment {cohort} with {model}", validate_parameters=True)
-def segment_cohort(cohort: CohortName, model: ModelReference, mask_format: Format = "nifti") -> State[Any]:
+def segment_cohort(cohort: CohortName, model: ModelReference, mask_format: MaskFormat = "nifti") -> State[Any]:
     """Segment every case of a cohort that has no mask of this model yet, and report on all.
 
     Args:
-        cohort: which cohort
-        model: which model
+        cohort: name that was given at vnet ingest
+        model: name for its newest version, or name@version
         mask_format: format of the mask files
     """
     session = open_session()
@@ -59,12 +59,12 @@ def segment_cohort(cohort: CohortName, model: ModelReference, mask_format: Forma
 
 
 @flow(name="nightly", flow_run_name="nightly {cohort}", validate_parameters=True)
-def nightly(cohort: CohortName, model: ModelReference, mask_format: Format = "nifti") -> State[Any]:
+def nightly(cohort: CohortName, model: ModelReference, mask_format: MaskFormat = "nifti") -> State[Any]:
     """Look for new and changed scans in the cohort's sources, segment what has no mask yet, and report on all.
 
     Args:
-        cohort: which cohort
-        model: which model
+        cohort: name that was given at vnet ingest
+        model: name for its newest version, or name@version
         mask_format: format of the mask files
     """
     session = open_session()
@@ -156,6 +156,14 @@ def segment_cases(session: Session, model: Model, jobs: Sequence[Job]) -> list[O
     return outcomes
 
 
+class NoCaseDone(Exception):
+    """Every case failed or was refused; what a flow that did its work without a single result ends with."""
+
+    def __init__(self, message: str, data: dict[str, Any]) -> None:
+        super().__init__(message, data)
+        self.data = data
+
+
 def final_state(outcomes: Sequence[Outcome], data: dict[str, Any]) -> State[Any]:
     """`Completed`, `CompletedWithFailures` when some cases have no result, `Failed` when none has."""
     found = counts(outcomes)
@@ -165,5 +173,6 @@ def final_state(outcomes: Sequence[Outcome], data: dict[str, Any]) -> State[Any]
         computed = found.get("computed", 0)
         return Completed(message=message if computed else f"nothing to compute: {message}", data=data)
     if len(undone) == len(outcomes):
-        return Failed(message=f"no case has a result: {message}; first: {undone[0].message}", data=data)
+        why = f"no case has a result: {message}; first: {undone[0].message}"
+        return Failed(message=why, data=NoCaseDone(why, data))
     return Completed(name="CompletedWithFailures", message=message, data=data)

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from flows.session import Session, open_session
 from vnet_core.errors import ConfigError, EngineError
-from vnet_core.plan import Label, digest_of
+from vnet_core.plan import Label, config_error, digest_of
 from workers.clusters import processors
 from workers.cohort import Cohort
 from workers.ledger import Outcome, counts
@@ -124,22 +126,25 @@ def _absolute(plan: str) -> str:
 
 def train(options: Namespace) -> Result:
     """``vnet train``."""
-    from flows.training import train_model
+    from flows.training import TrainingSettings, train_model
     from workers.models import load_model
 
     session = open_session()
-    if options.workers is not None and options.workers < 1:
-        raise ConfigError("train.workers", f"--workers {options.workers} cannot train; use 1 or more")
-    minutes = None if options.steps else options.minutes or 10.0
+    try:
+        settings = TrainingSettings(
+            minutes=10.0 if options.minutes is None else options.minutes,
+            steps=options.steps,
+            plan=_absolute(options.plan),
+            workers=options.workers,
+            resume=options.resume,
+        )
+    except ValidationError as error:
+        raise config_error(error, TrainingSettings, "train") from None
     data = run_flow(
         train_model,
         cohort=options.cohort,
         model=options.model,
-        minutes=minutes,
-        steps=options.steps,
-        plan=_absolute(options.plan),
-        workers=options.workers,
-        resume=options.resume,
+        settings=settings,
     )
     model = load_model(session.root, data["model"])
     training = model.facts["training"]
@@ -320,15 +325,20 @@ def run_flow(flow: Any, **parameters: Any) -> Any:
     """
     import httpx
     from prefect.exceptions import PrefectHTTPStatusError
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    from flows.cohorts import NoCaseDone
 
     try:
-        state = flow(**parameters, return_state=True)
+        # heartbeats tell a server that its remote run lives; in this process they only delay the end by a second
+        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+            state = flow(**parameters, return_state=True)
     except (httpx.TransportError, PrefectHTTPStatusError) as error:
         url = os.environ.get("PREFECT_API_URL")
         raise EngineError("prefect.unreachable", f"the Prefect API at {url} stopped answering: {error}") from error
-    if isinstance(state.data, dict):
-        return state.data
     result = state.result(raise_on_failure=False)
+    if isinstance(result, NoCaseDone):
+        return result.data
     if isinstance(result, BaseException):
         raise result
     return result

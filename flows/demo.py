@@ -20,7 +20,7 @@ from workers.scans import write_volume
 SEED = 2016
 TRAINING_CASES = 20
 NEW_CASES = 6
-MINUTES = 0.75
+MINUTES = 1.0
 MODEL = "demo"
 LABELS = (Label(value=1, name="organ"), Label(value=2, name="lesion"))
 
@@ -33,8 +33,12 @@ spacing_mm = [2.0, 2.0, 2.0]
 kernel_size = 3
 width = 8
 convolutions = [1, 2, 2, 2]
+normalisation = "batch"
 
 [training]
+rotation_degrees = 0
+scaling = 0
+learning_rate = 5e-3
 patch_size = [40, 40, 40]
 batch_size = 4
 """
@@ -52,11 +56,10 @@ def demo(session: Session) -> Result:
 
     say(f"training a small V-Net for {MINUTES * 60:.0f} s: Prefect, Dask, Zarr, Ray Train")
     from flows.cohorts import nightly
-    from flows.training import train_model
+    from flows.training import TrainingSettings, train_model
 
-    trained = run_flow(train_model, cohort="demo-train", model=MODEL, minutes=MINUTES, plan=str(scans / "plan.toml"))[
-        "model"
-    ]
+    settings = TrainingSettings(minutes=MINUTES, plan=str(scans / "plan.toml"))
+    trained = run_flow(train_model, cohort="demo-train", model=MODEL, settings=settings)["model"]
 
     say(f"the night: segmenting {NEW_CASES + 1} new scans with {trained} on Ray actors")
     ingest_sources(session.root, "demo-night", [str(scans / "night")], labels=labels)
@@ -115,7 +118,7 @@ def _result(session: Session, scans: Path, night: Mapping[str, Any], seconds: fl
         "",
         f"masks:  {masks}",
         f"report: {report_csv}",
-        f"UI:     .venv/bin/vnet serve --root {session.root.folder}, then http://127.0.0.1:{port}/artifacts",
+        f"UI:     .venv/bin/vnet serve --root {session.root.folder}, then http://127.0.0.1:{port}/v2/artifacts",
         "        (the night's report with its pictures is the artifact night-demo-night)",
         f"{seconds:.0f} s in all. Research software, not a medical device.",
     ]

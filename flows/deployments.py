@@ -41,7 +41,8 @@ def serve(session: Session, schedules: Sequence[Nightly], port: int | None) -> N
 
 def _run(session: Session, nightlies: Sequence[Nightly], api_url: str) -> None:
     found = deployments(nightlies, session.site.timezone)
-    print(f"UI: {api_url.removesuffix('/api')} (Ctrl-C stops)", file=sys.stderr)
+    ui = api_url.removesuffix("/api")
+    print(f"UI: {ui}  reports: {ui}/v2/artifacts  (Ctrl-C stops)", file=sys.stderr)
     for deployment in found:
         when = f"  {deployment.schedules[0].schedule}" if deployment.schedules else ""
         print(f"  {deployment.flow_name}/{deployment.name}{when}", file=sys.stderr, flush=True)
@@ -51,14 +52,17 @@ def _run(session: Session, nightlies: Sequence[Nightly], api_url: str) -> None:
 def deployments(nightlies: Sequence[Nightly], timezone: str) -> list[RunnerDeployment]:
     """One deployment per flow for its form, and one per scheduled cohort, whose runs never overlap."""
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+    from prefect.flows import EntrypointType
     from prefect.schedules import Cron
 
     from flows.cohorts import nightly, preprocess_cohort, segment_cohort
     from flows.reports import query_reports
     from flows.training import train_model
 
+    # runs import the flow as the installed package, whatever folder they are started in
+    module = EntrypointType.MODULE_PATH
     by_form = (nightly, segment_cohort, preprocess_cohort, train_model, query_reports)
-    on_demand = [cast("RunnerDeployment", flow.to_deployment("form")) for flow in by_form]
+    on_demand = [cast("RunnerDeployment", flow.to_deployment("form", entrypoint_type=module)) for flow in by_form]
     one_at_a_time = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
     scheduled = [
         cast(
@@ -68,6 +72,7 @@ def deployments(nightlies: Sequence[Nightly], timezone: str) -> list[RunnerDeplo
                 parameters={"cohort": entry.cohort, "model": entry.model},
                 schedule=Cron(entry.cron, timezone=timezone),
                 concurrency_limit=one_at_a_time,
+                entrypoint_type=module,
             ),
         )
         for entry in nightlies

@@ -10,10 +10,10 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from flows.artifacts import artifact_key, training_markdown
-from flows.cohorts import CohortName, PlanSource, preprocess_cases, usable
+from flows.cohorts import CohortName, preprocess_cases, usable
 from flows.plans import make_plan
 from flows.session import open_session
 from flows.tasks import Progress
@@ -25,43 +25,49 @@ from workers.models import Model
 from workers.store import Root
 from workers.training_run import Budget, TrainingProgress
 
-ModelName = Annotated[str, Field(title="Model", description="Name of the model; every training is a version of it")]
-Minutes = Annotated[float | None, Field(title="Minutes", description="Training time, without preprocessing", gt=0)]
-Steps = Annotated[int | None, Field(title="Steps", description="Optimiser steps, instead of minutes", gt=0)]
-Workers = Annotated[int | None, Field(title="Workers", description="Ray workers that train together", ge=1)]
-Resume = Annotated[bool, Field(title="Resume", description="Go on with the newest unfinished training of this model")]
+ModelName = Annotated[str, Field(min_length=1)]
+
+
+class TrainingSettings(BaseModel):
+    """How long and on what to train."""
+
+    minutes: float | None = Field(
+        default=10.0, title="Minutes", description="Training time, without preprocessing", gt=0
+    )
+    steps: int | None = Field(default=None, title="Steps", description="Optimiser steps; replaces the minutes", gt=0)
+    plan: str = Field(
+        default="auto", title="Plan", description="auto, or a TOML file on the machine that runs the flow", min_length=1
+    )
+    workers: int | None = Field(
+        default=None, title="Workers", description="Ray workers that train together; None: as the site file says", ge=1
+    )
+    resume: bool = Field(
+        default=False, title="Resume", description="Go on with the newest unfinished training of this model"
+    )
+
+
+DEFAULTS = TrainingSettings()
+"""What the form opens with."""
 
 
 @flow(name="train-model", flow_run_name="train {model} on {cohort}", validate_parameters=True)
-def train_model(
-    cohort: CohortName,
-    model: ModelName,
-    minutes: Minutes = 10.0,
-    steps: Steps = None,
-    plan: PlanSource = "auto",
-    workers: Workers = None,
-    resume: Resume = False,
-) -> State[Any]:
+def train_model(cohort: CohortName, model: ModelName, settings: TrainingSettings = DEFAULTS) -> State[Any]:
     """Train a V-Net on the labelled cases of a cohort and publish it as the next version of a model.
 
     Args:
         cohort: cases to learn from
-        model: name of the model
-        minutes: training time
-        steps: optimiser steps; where given, minutes are not used
-        plan: auto, or a TOML file whose settings replace those of the derived plan
-        workers: Ray workers that train together; empty: as the site file says
-        resume: go on with the newest unfinished training, with its own plan
+        model: name of the model; every training is a version of it
+        settings: how long and on what to train
     """
     session = open_session()
     engines = session.site.engines
-    if workers:
-        engines = replace(engines, train_workers=workers)
+    if settings.workers:
+        engines = replace(engines, train_workers=settings.workers)
     loaded = load_cohort(session.root, cohort)
-    budget = Budget(steps=steps) if steps else Budget(minutes=minutes)
+    budget = Budget(steps=settings.steps) if settings.steps else Budget(minutes=settings.minutes)
     entries = load_entries(session.root, loaded.name)
-    if not resume:
-        chosen = make_plan(session.root, loaded, entries, plan, engines)
+    if not settings.resume:
+        chosen = make_plan(session.root, loaded, entries, settings.plan, engines)
         labelled = [entry for entry in entries if entry.verdict.usable and entry.case.label]
         preprocess_cases(session, cohort, usable(labelled), chosen)
         trained = fit(session.root, engines, model, budget, Learning(entries, chosen))

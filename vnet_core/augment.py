@@ -19,8 +19,8 @@ def rotation_zoom(
 ) -> np.ndarray:
     """A random matrix (3, 3) from offsets of the new patch to offsets of the old one, in voxels (z, y, x).
 
-    A rotation by up to ``rotation_degrees`` about each axis and one zoom between ``1 - scaling`` and ``1 + scaling``, in
-    millimetres, so that anatomy stays rigid on anisotropic grids.
+    A rotation by up to ``rotation_degrees`` about each axis and one zoom between ``1 - scaling`` and ``1 + scaling``,
+    in millimetres, so that anatomy stays rigid on anisotropic grids.
     """
     angles = np.deg2rad(generator.uniform(-rotation_degrees, rotation_degrees, 3))
     zoom = generator.uniform(1 - scaling, 1 + scaling)

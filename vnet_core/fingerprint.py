@@ -5,6 +5,7 @@ One case's fingerprint is taken when the case is ingested and kept with it, so a
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -124,7 +125,7 @@ def derive_plan(
     batch = 4 if patch.prod() <= 64**3 else 2
     convolutions = NetworkPlan().convolutions[:levels]
     width = max(w for w in (4, 8, 16) if w == 4 or _relative_gmacs(w, patch) * batch <= step_gmacs)
-    sided = any(word in label.name.lower().replace("_", " ").split() for label in labels for word in ("left", "right"))
+    sided = any(word in re.split(r"[^a-z]+", label.name.lower()) for label in labels for word in ("left", "right"))
     return Plan(
         channels=channels,
         labels=labels,

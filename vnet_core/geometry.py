@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import permutations
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -145,10 +146,11 @@ def to_canonical(geometry: Geometry) -> tuple[Reorientation, Geometry]:
 def resampled(geometry: Geometry, spacing_mm: Triple) -> Geometry:
     """The grid of another spacing that covers the same field of view, with the same centre and axes.
 
-    The field of view along an axis is ``shape * spacing``; the number of voxels is rounded to the nearest, at least 1.
+    The field of view along an axis is ``shape * spacing``; the number of voxels is rounded up, so that
+    no voxel of the source lies outside.
     """
     shape = _triple_int(
-        max(1, round(n * old / new))
+        max(1, ceil(n * old / new - 1e-6))
         for n, old, new in zip(geometry.shape, geometry.spacing_mm, spacing_mm, strict=True)
     )
     centre_mm = world_mm(geometry, (np.asarray(geometry.shape) - 1) / 2)

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,10 +21,14 @@ PositiveTriple = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=
 VoxelTriple = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 
 
+PREPROCESSING_VERSION = 1
+"""Raised whenever the program's preprocessing gives other numbers for the same plan; part of every volume's key."""
+
+
 class Section(BaseModel):
     """A frozen part of a plan; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Label(Section):
@@ -184,7 +188,7 @@ class Plan(Section):
     @property
     def volume_digest(self) -> str:
         """SHA-256 of what decides a preprocessed volume."""
-        return digest_of([self.preprocess.model_dump(mode="json"), len(self.channels)])
+        return digest_of([PREPROCESSING_VERSION, self.preprocess.model_dump(mode="json"), len(self.channels)])
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Plan:
@@ -221,8 +225,9 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     names = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += _keys(field.annotation, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                names += _keys(kind, f"{prefix}{name}.")
     return names
 
 

@@ -41,10 +41,10 @@ def prepare(image: Volume, label: Volume | None, plan: PreprocessPlan) -> Prepar
         check_label_grid(image.geometry, label.geometry)
     scan, _ = canonical(image)
     start, stop = foreground_box(scan.voxels) if plan.crop_foreground else ((0, 0, 0), scan.geometry.shape)
-    scan = crop(scan, start, stop)
+    scan = crop(Volume(normalise(scan.voxels, plan), scan.geometry), start, stop)
     grid = resampled_geometry(scan.geometry, plan.spacing_mm)
     at = coordinates(scan.geometry, grid)
-    normal = normalise(scan.voxels, plan)
+    normal = np.ascontiguousarray(scan.voxels)
     voxels = linear(torch.from_numpy(normal), at).numpy()
     target = None
     if label is not None:

@@ -39,9 +39,9 @@ def _snap(index: np.ndarray) -> np.ndarray:
 
 def linear(values: torch.Tensor, at: Coordinates) -> torch.Tensor:
     """Values (..., Z, Y, X), float, interpolated at ``at``; the outermost value is kept beyond the edge."""
-    # the axis that shrinks most goes first: it makes the others cheaper
+    # z first, so that slabs of a volume are rounded as the whole; then the axis that shrinks more, which is cheaper
     sizes = [len(at[a]) / values.shape[a - 3] for a in range(3)]
-    for axis in sorted(range(3), key=lambda a: sizes[a]):
+    for axis in [0, *sorted((1, 2), key=lambda a: sizes[a])]:
         values = _linear_axis(values, at[axis], axis - 3)
     return values
 
@@ -95,7 +95,8 @@ def argmax_labels(logits: torch.Tensor, at: Coordinates) -> np.ndarray:
     if any(len(r) == 0 for r in rows):
         return result
     z, y, x = (slice(r[0], r[-1] + 1) for r in rows)
-    step = max(1, SLAB_VALUES // (classes * max(shape[1] * shape[2], grid[1] * grid[2])))
+    rows_per_row = max(1.0, float(np.diff(at[0]).max(initial=0)))
+    step = max(1, int(SLAB_VALUES / (classes * max(shape[1] * shape[2], grid[1] * grid[2]) * rows_per_row)))
     for start in range(z.start, z.stop, step):
         slab = slice(start, min(start + step, z.stop))
         wanted = np.clip(at[0][slab], 0, grid[0] - 1)

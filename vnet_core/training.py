@@ -56,7 +56,7 @@ def place(
         start = np.floor(generator.random(3) * (np.maximum(room, 0) + 1)).astype(int)
     shift = generator.integers(-plan.shift_voxels, plan.shift_voxels + 1, 3)
     inside = np.clip(start + shift, 0, np.maximum(room, 0))
-    around = room // 2 + np.clip(shift, -np.abs(room // 2), np.abs(room // 2))
+    around = np.clip(room // 2 + shift, np.minimum(room, 0), 0)
     z, y, x = (int(v) for v in np.where(room >= 0, inside, around))
     flip = [bool(axis in plan.flip_axes and generator.random() < 0.5) for axis in range(3)]
     return Placement((z, y, x), (flip[0], flip[1], flip[2]))

@@ -18,7 +18,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from vnet_core.errors import StorageError
 from vnet_core.geometry import Geometry, to_mapping
 from vnet_core.plan import Label
-from workers.store import Root
+from workers.store import Root, raise_if_full
 
 CHUNK_EDGE = 64
 """Voxels along each edge of a chunk, the unit of reading."""
@@ -29,9 +29,13 @@ SHARD_EDGE = 256
 def write_arrays(root: Root, prefix: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
     """A Zarr group under ``prefix`` with arrays (..., Z, Y, X) and attributes; what was there is replaced."""
     root.delete(prefix)
-    group = zarr.open_group(_store(root, prefix), mode="w", zarr_format=3, attributes=attributes)
-    for name, array in arrays.items():
-        _write(group, name, array)
+    try:
+        group = zarr.open_group(_store(root, prefix), mode="w", zarr_format=3, attributes=attributes)
+        for name, array in arrays.items():
+            _write(group, name, array)
+    except OSError as error:
+        raise_if_full(error, root.folder)
+        raise
 
 
 def _write(group: zarr.Group, name: str, array: np.ndarray, dimension_names: Sequence[str] | None = None) -> None:
@@ -64,14 +68,14 @@ def read_array(root: Root, prefix: str, name: str) -> np.ndarray:
         array = zarr.open_array(_store(root, f"{prefix}/{name}"), mode="r")
         shards = np.ndindex(*(-(-n // s) for n, s in zip(array.shape, array.shards or array.chunks, strict=True)))
         folder = root.path(f"{prefix}/{name}/c")
-        missing = [index for index in shards if not folder.joinpath(*map(str, index)).is_file()]
+        missing = [index for index in shards if not _size(folder.joinpath(*map(str, index)))]
         if missing:
             raise StorageError(
                 "store.corrupt",
                 f"{prefix}/{name} lacks {len(missing)} shards, first {missing[0]}; delete it and run again",
             )
         return np.asarray(array[...])
-    except (zarr.errors.BaseZarrError, ValueError, RuntimeError) as error:
+    except (zarr.errors.BaseZarrError, FileNotFoundError, ValueError, RuntimeError) as error:
         raise StorageError("store.corrupt", f"{prefix}/{name} is damaged ({error}); delete it and run again") from error
 
 
@@ -118,3 +122,7 @@ def write_ome_labels(root: Root, prefix: str, mask: np.ndarray, geometry: Geomet
 
 def _store(root: Root, prefix: str) -> zarr.storage.LocalStore:
     return zarr.storage.LocalStore(Path(root.path(prefix)))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

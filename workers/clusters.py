@@ -62,6 +62,8 @@ def dask_executor(address: str | None, workers: int) -> Iterator[Executor]:
                     host="127.0.0.1",
                     dashboard_address=None,
                     worker_dashboard_address=None,
+                    # its HTTP server runs even so: at a free port, so that several commands run side by side
+                    scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
                     silence_logs=logging.ERROR,
                 ) as cluster,
                 distributed.Client(cluster) as client,

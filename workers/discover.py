@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet
 
@@ -70,12 +70,14 @@ def _checked(cases: list[Found]) -> list[Found]:
     """Cases by id; a second case of one id and a case with fewer channels than the others carry their problem."""
     expected = max((len(case.channels) for case in cases), default=0)
     seen: dict[str, int] = {}
+    taken = {case.id for case in cases}
     result = []
     for case in cases:
         seen[case.id] = seen.get(case.id, 0) + 1
         problem, case_id = case.problem, case.id
         if seen[case.id] > 1:
-            case_id = f"{case.id}.{seen[case.id]}"
+            case_id = next(i for n in itertools.count(2) if (i := f"{case.id}.{n}") not in taken)
+            taken.add(case_id)
             problem = ScanError("cohort.duplicate-id", f"{seen[case.id]} cases are called {case.id}; rename one")
         elif problem is None and len(case.channels) < expected:
             problem = ScanError(
@@ -88,12 +90,16 @@ def _checked(cases: list[Found]) -> list[Found]:
 
 def _manifest(path: Path, result: Discovery) -> None:
     """Columns ``case``; ``image`` or several ``image_<channel>``; optionally ``label`` and ``patient``."""
-    if path.suffix.lower() == ".parquet":
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-    else:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    columns = list(rows[0]) if rows else []
+    try:
+        if path.suffix.lower() == ".parquet":
+            table = pyarrow.parquet.read_table(path)
+            columns, rows = table.column_names, table.to_pylist()
+        else:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file)
+                rows, columns = list(reader), list(reader.fieldnames or [])
+    except ValueError as error:
+        raise ConfigError("manifest.unreadable", f"manifest {path.name} cannot be read ({error})") from None
     images = [c for c in columns if c == "image" or c.startswith("image_")]
     if "case" not in columns or not images:
         raise ConfigError(
@@ -107,11 +113,12 @@ def _manifest(path: Path, result: Discovery) -> None:
         label = _beside(path, row["label"]) if row.get("label") else None
         problem = None
         for source in (*sources, *([label] if label else [])):
-            if not Path(source.partition("#")[0]).exists():
+            if not (Path(source).exists() or ("#" in source and Path(source.rpartition("#")[0]).is_dir())):
                 problem = ScanError("scan.missing", f"{Path(source).name} of the manifest does not exist")
         if not sources:
             problem = ScanError("cohort.missing-image", f"row {row['case']} of the manifest names no image")
-        result.cases.append(Found(safe_id(str(row["case"])), sources, label, row.get("patient") or None, problem))
+        patient = None if row.get("patient") in (None, "") else str(row["patient"])
+        result.cases.append(Found(safe_id(str(row["case"])), sources, label, patient, problem))
 
 
 def _beside(manifest: Path, source: str) -> str:
@@ -168,15 +175,18 @@ def _scans_in(folder: Path, result: Discovery) -> list[Path]:
 def _by_case(paths: Iterable[Path]) -> dict[str, tuple[str, ...]]:
     """Files grouped by case: ``name_0000`` and ``name_0001`` are two channels of ``name``."""
     groups: dict[str, list[str]] = defaultdict(list)
-    for path in paths:
-        match = _CHANNEL.fullmatch(case_stem(path))
-        groups[match[1] if match else case_stem(path)].append(str(path))
+    stems = {path: case_stem(path) for path in paths}
+    known = set(stems.values())
+    for path, stem in stems.items():
+        match = _CHANNEL.fullmatch(stem)
+        groups[match[1] if match and f"{match[1]}_0000" in known else stem].append(str(path))
     return {name: tuple(sorted(files)) for name, files in groups.items()}
 
 
 def _tree(folder: Path, result: Discovery) -> None:
     """Any folder: every scan file is a case, every DICOM series is a case."""
-    for directory in [folder, *sorted(p for p in folder.rglob("*") if p.is_dir() and not p.name.startswith("."))]:
+    below = (p for p in folder.rglob("*") if p.is_dir() and not p.relative_to(folder).as_posix().startswith("."))
+    for directory in [folder, *sorted(p for p in below if "/." not in p.relative_to(folder).as_posix())]:
         files = [p for p in sorted(directory.iterdir()) if p.is_file() and not p.name.startswith(".")]
         scans = [p for p in files if is_scan(p)]
         prefix = "-".join(directory.relative_to(folder).parts)

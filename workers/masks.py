@@ -2,7 +2,7 @@
 
 results/<cohort>/<case>/<key>/
     mask.nii.gz | mask.mha | mask.nrrd   on the scan's own grid
-    labels/                              the same as OME-Zarr labels
+    mask.ome.zarr/                       the same as an OME-Zarr label image
     report.json                          one row per label
     qc.png                               three planes per label
     receipt.json                         last
@@ -24,7 +24,7 @@ from vnet_core.report import flags, measure, to_row
 from workers.arrays import write_ome_labels
 from workers.cohort import Case
 from workers.scans import read_label, read_volume, write_label
-from workers.store import Root
+from workers.store import Root, raise_if_full
 
 MaskFormat = Literal["nifti", "mha", "nrrd"]
 _FILES: dict[str, str] = {"nifti": "mask.nii.gz", "mha": "mask.mha", "nrrd": "mask.nrrd"}
@@ -59,13 +59,21 @@ def publish_mask(root: Root, key: str, mask: Mask) -> None:
     """
     geometry = mask.case.geometry
     assert geometry is not None, "a case without geometry was refused at ingest"
+    try:
+        _publish(root, key, mask, geometry)
+    except OSError as error:
+        raise_if_full(error, root.folder)
+        raise
+
+
+def _publish(root: Root, key: str, mask: Mask, geometry: Geometry) -> None:
     root.delete(key)
     name = mask_file(mask.mask_format)
     path = root.path(f"{key}/{name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_label(path, mask.values, geometry)
     _prove(root, f"{key}/{name}", mask.values, geometry)
-    write_ome_labels(root, f"{key}/labels", mask.values, geometry, mask.labels)
+    write_ome_labels(root, f"{key}/mask.ome.zarr", mask.values, geometry, mask.labels)
     reports = measure(mask.values, geometry, mask.labels)
     rows = [{**to_row(report), "flags": list(flags(report))} for report in reports]
     root.put_json(f"{key}/report.json", {"case": mask.case.id, "mask": name, "labels": rows, **mask.provenance})

@@ -77,6 +77,8 @@ def load_site(path: str | Path | None) -> Site:
         return Site()
     try:
         text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError("site.toml", f"site file {path} is not UTF-8: {error}") from None
     except OSError as error:
         raise ConfigError("site.missing", f"site file {path} cannot be read ({error.strerror})") from None
     try:

@@ -113,6 +113,8 @@ class Root:
         """Remove an object or everything under a prefix; nothing happens when it is not there."""
         path = self.path(prefix)
         if path.is_dir():
+            for receipt in path.rglob(RECEIPT):
+                receipt.unlink()
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
@@ -162,7 +164,7 @@ def file_digest(path: Path) -> str:
 def raise_if_full(error: OSError, folder: Path) -> None:
     """Turn an operating system's "no space left" into StorageError ``store.full``; others pass."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(folder).free >> 20
+        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free >> 20
         raise StorageError(
             "store.full", f"no space is left in the storage root {folder} ({free} MiB free); free some and run again"
         ) from error

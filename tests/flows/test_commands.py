@@ -461,7 +461,7 @@ def test_query_filters_the_rows_of_all_nights(
 def test_query_is_limited_and_names_the_cohorts_it_knows(vnet, root: Path, second_night: Answer) -> None:
     newest = vnet("query", "--cohort", "tonight", "--nights", "1", "--json", "--root", root).document["rows"]
     assert {row["night"] for row in newest} == {second_night.document["night"]}
-    assert vnet("query", "--limit", "3", "--json", "--root", root).document["rows"] == newest[:3]
+    assert vnet("query", "--cohort", "tonight", "--limit", "3", "--json", "--root", root).document["rows"] == newest[:3]
     unknown = vnet("query", "--cohort", "nobody", "--root", root)
     assert unknown.code == 2
     assert "tonight" in unknown.err

@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
@@ -64,11 +65,11 @@ class Command:
     def __init__(self, *arguments: str | Path, root: Path, **variables: str) -> None:
         self.mark = uuid.uuid4().hex
         # files, not pipes: a process that is left over would hold a pipe open
-        self._out, self._err = (root.parent / f"{self.mark}.{name}" for name in ("out", "err"))
+        self._streams = tempfile.TemporaryDirectory(prefix="vnet-test-")
+        self._out, self._err = (Path(self._streams.name) / name for name in ("out", "err"))
         with self._out.open("w") as out, self._err.open("w") as err:
             self._process = subprocess.Popen(
                 ["vnet", *map(str, arguments), "--root", str(root)],
-                cwd=root.parent,
                 env=environment() | variables | {MARK: self.mark},
                 stdout=out,
                 stderr=err,
@@ -133,6 +134,7 @@ class Command:
             process.kill()
         self._process.wait()
         self._watcher.join()
+        self._streams.cleanup()
         return left
 
     @property

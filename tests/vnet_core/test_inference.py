@@ -32,6 +32,7 @@ def make_plan(memory_limit_gib=6.0, **sections):
         {
             "labels": [{"value": 1, "name": "one"}, {"value": 4, "name": "four"}],
             "network": {"kernel_size": 3, "width": 4, "convolutions": [1, 1, 1]},
+            "training": {"patch_size": [4, 4, 4]},
             "inference": {"memory_limit_gib": memory_limit_gib, "overlap": 0.5},
             **sections,
         }
@@ -119,7 +120,8 @@ def test_blending_by_hand(monkeypatch):
             return super().forward(x) * 0 + self.calls
 
     plan = tiled_plan(monkeypatch, (1, 1, 4), overlap=0.5)
-    logits = predict_logits(Calls(), image(1, 1, 1, 6), plan)[0, 0, 0]
+    (band,) = logit_bands(Calls(), image(1, 1, 1, 6), plan)
+    logits = band[0, 0, 0]
     # Tiles at 0 and 2 with weights a b b a, a = e^-4.5 and b = e^-0.5: voxel 2 is (b + 2 a) / (a + b), voxel 3
     # (a + 2 b) / (a + b), with a / (a + b) = 1 / (1 + e^4) = 0.0179862.
     assert logits.tolist() == pytest.approx([1, 1, 1.0179862, 1.9820138, 2, 2])
