@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import itertools
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from workers.report import Night
@@ -14,10 +17,19 @@ PICTURES = 8
 """Most QC pictures in a report."""
 REPORT_BYTES = 1_200_000
 """Largest report; pictures that would exceed it are left out and counted."""
+UNDONE_LINES = 50
+"""Most cases without a mask that a report lists; the table of volumes has all."""
+TEXT_CHARACTERS = 400
+"""Most characters of one name or message in a report."""
 TABLE_ROWS = 2_000
 """Most rows of a table artifact; the Parquet file has all."""
 
 NOTICE = "Research software, not a medical device: volumes and masks need a qualified person's review."
+FLAGS = {
+    "empty": "the model found no voxel of this label",
+    "touches-border": "the structure reaches the edge of the scan: its volume is at least what is stated",
+    "many-components": "the label lies in more than ten pieces",
+}
 
 Row = Mapping[str, Any]
 
@@ -30,43 +42,82 @@ def artifact_key(*parts: str) -> str:
 def night_markdown(night: Night, rows: Sequence[Row], picture: Callable[[str], bytes]) -> str:
     """The report of a night: counts, what needs a person's eye, then the cases with their pictures, worst first.
 
-    ``picture`` gives the QC picture (PNG) of a result key. Pictures are embedded as data URIs until ``PICTURES`` or
-    ``REPORT_BYTES`` is reached.
+    ``picture`` gives the QC picture (PNG) of a result key. Pictures are embedded as data URIs up to ``PICTURES``, and
+    as far as the report stays within ``REPORT_BYTES``.
     """
     cases = _by_case(rows)
     done = [case for case in cases.values() if case[0]["volume_ml"] is not None]
     undone = [case[0] for case in cases.values() if case[0]["volume_ml"] is None]
-    parts = [
-        f"# {_text(night.cohort)}: night {night.id}",
-        f"{len(done)} of {len(cases)} cases have a mask by model `{night.model}`"
-        f" ({', '.join(f'{n} {state}' for state, n in night.counts.items())}; {night.seconds:.0f} s).",
-        f"*{NOTICE}*",
-    ]
+    table = f"`{artifact_key('volumes', night.cohort)}`"
+    parts = [_head(night, done, len(cases))]
     if undone:
-        parts.append("## Without a mask")
-        parts.append(
-            _table(
-                ("case", "state", "reason", "what was found, what to do"),
-                ((r["case"], r["state"], f"`{r['codes']}`", r["message"]) for r in undone),
-            )
-        )
-    parts.append("## Volumes")
-    parts.append(_table(("label", "cases", "median mL", "smallest mL", "largest mL", "flagged"), _summary(rows)))
-    body = "\n\n".join(parts)
-    ranked = sorted(done, key=_rank)
-    sections, left = [], REPORT_BYTES - len(body.encode())
+        parts.append(_without_mask(undone, table))
+    if done:
+        header = ("label", "cases", "median mL", "smallest", "largest", "flagged")
+        parts.append(f"## Volumes\n\n{_table(header, _summary(rows))}")
+    # the sentence that counts what was left out comes before the pictures, and is short
+    left = REPORT_BYTES - len("\n\n".join(parts).encode()) - 1_000
+    ranked, sections = sorted(done, key=_rank), []
     for case in ranked[:PICTURES]:
         section = _case_section(case, picture(case[0]["result"]))
-        left -= len(section.encode())
-        if left < 0:
-            break
-        sections.append(section)
-    if sections:
-        title = "## Cases, worst first"
-        rest = len(ranked) - len(sections)
-        note = f"{rest} more cases are in the table of volumes." if rest else "All cases with a mask."
-        body = "\n\n".join([body, title, note, *sections])
-    return body + "\n"
+        size = len(section.encode()) + 2
+        if size <= left:
+            sections.append(section)
+            left -= size
+    if done:
+        parts.append(f"## Cases\n\n{_order(rows, len(ranked) - len(sections), table)}")
+    return "\n\n".join([*parts, *sections]) + "\n"
+
+
+def _head(night: Night, done: Sequence[Sequence[Row]], cases: int) -> str:
+    started = datetime.fromisoformat(night.started).astimezone(UTC)
+    counts = ", ".join(f"{number} {state}" for state, number in night.counts.items()) or "the cohort is empty"
+    flagged = sum(any(row["flags"] for row in case) for case in done)
+    masks = f"**{len(done)} of {cases} cases have a mask.** {flagged or 'None'} of them {_are(flagged)} flagged."
+    return "\n\n".join(
+        [
+            f"# {_text(night.cohort)}, {started:%d %B %Y, %H:%M} UTC",
+            masks if done else f"**No case has a mask** ({cases} in the cohort).",
+            f"Model `{_code(night.model)}`: {counts}, in {_duration(night.seconds)}. Night `{_code(night.id)}`.",
+            f"*{NOTICE}*",
+        ]
+    )
+
+
+def _are(number: int) -> str:
+    return "is" if number in (0, 1) else "are"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _without_mask(undone: Sequence[Row], table: str) -> str:
+    """Cases without a mask as a list, which unlike a table wraps on a phone; equal reasons together."""
+    ordered = sorted(undone, key=lambda row: (row["state"], row["codes"], row["case"]))
+    lines = [
+        f"- **{_text(row['case'])}** {row['state']}, `{_code(row['codes'])}`: {_text(row['message'])}"
+        for row in ordered[:UNDONE_LINES]
+    ]
+    if len(ordered) > len(lines):
+        lines.append(f"- and {len(ordered) - len(lines)} more, all in {table}")
+    return "\n".join([f"## Without a mask ({len(ordered)})", "", *lines])
+
+
+def _order(rows: Sequence[Row], rest: int, table: str) -> str:
+    """How the cases are ordered, what was left out, and what their flags mean."""
+    compared = any(row["change_ml"] is not None for row in rows)
+    if compared:
+        text = "Flagged cases first, then by the largest change since the night before."
+    else:
+        text = "Flagged cases first. No earlier night to compare with."
+    if rest:
+        text += f" {rest} more {'case is' if rest == 1 else 'cases are'} in {table}."
+    seen = {flag for row in rows for flag in (row["flags"] or "").split()}
+    return "\n".join([text, "", *(f"- `{flag}`: {meaning}" for flag, meaning in FLAGS.items() if flag in seen)]).strip()
 
 
 def _by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -79,8 +130,14 @@ def _by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def _rank(case: Sequence[Row]) -> tuple[int, float, str]:
     """Most flags first, then the largest change since the night before."""
     flags = sum(len((row["flags"] or "").split()) for row in case)
-    change = max((abs(row["change_percent"] or 0.0) for row in case), default=0.0)
-    return -flags, -change, case[0]["case"]
+    return -flags, -max(map(_change, case)), case[0]["case"]
+
+
+def _change(row: Row) -> float:
+    """Relative change of a volume in percent, as a size; infinite when there was nothing the night before."""
+    if row["change_percent"] is None:
+        return math.inf if row["change_ml"] else 0.0
+    return abs(row["change_percent"])
 
 
 def _summary(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
@@ -93,25 +150,50 @@ def _summary(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
         volumes = [row["volume_ml"] for row in found]
         flagged = sum(bool(row["flags"]) for row in found)
         figures = (statistics.median(volumes), min(volumes), max(volumes))
-        table.append((name, len(found), *(f"{v:.2f}" for v in figures), flagged))
+        table.append((name, len(found), *map(_millilitres, figures), flagged))
     return table
 
 
+def _millilitres(volume_ml: float) -> str:
+    """At least three figures, and never more than four decimals, as in the pictures."""
+    if volume_ml == 0:
+        return "0"
+    decimals = 1 if volume_ml >= 100 else 2 if volume_ml >= 1 else 3 if volume_ml >= 0.1 else 4
+    return f"{volume_ml:.{decimals}f}"
+
+
 def _case_section(case: Sequence[Row], png: bytes) -> str:
-    rows = (
-        (
-            row["name"],
-            f"{'>= ' if row['touches_border'] else ''}{row['volume_ml']:.2f}",
-            "" if row["change_percent"] is None else f"{row['change_percent']:+.1f} %",
-            "" if row["slice_first"] is None else f"{row['slice_first']} to {row['slice_last']}",
-            row["components"],
-            row["flags"],
-        )
-        for row in case
-    )
-    table = _table(("label", "mL", "change", "slices", "components", "flags"), rows)
-    uri = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    return f"### {_text(case[0]['case'])}\n\n{table}\n\n![{_text(case[0]['case'])}]({uri})"
+    compared = any(row["change_ml"] is not None for row in case)
+    columns: list[tuple[str, list[Any]]] = [
+        ("label", [row["name"] for row in case]),
+        ("mL", [f"{'≥ ' if row['touches_border'] else ''}{_millilitres(row['volume_ml'])}" for row in case]),
+        ("change", [_change_text(row) for row in case] if compared else []),
+        ("slices", [_slices(row) for row in case]),
+        ("pieces", [row["components"] for row in case]),
+        ("flags", [row["flags"] for row in case] if any(row["flags"] for row in case) else []),
+    ]
+    shown = [(name, cells) for name, cells in columns if cells]
+    table = _table([name for name, _ in shown], zip(*(cells for _, cells in shown), strict=True))
+    name = _text(case[0]["case"])
+    return f"### {name}\n\n{table}\n\n![{name}]({_data_uri(png)})"
+
+
+def _change_text(row: Row) -> str:
+    if row["change_percent"] is not None:
+        return f"{row['change_percent']:+.1f} %"
+    return "was 0" if row["change_ml"] else ""
+
+
+def _slices(row: Row) -> str:
+    first, last = row["slice_first"], row["slice_last"]
+    if first is None:
+        return ""
+    # not a plain dash, at which a narrow column would break
+    return f"{first}" if first == last else f"{first}\u2011{last}"
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -120,56 +202,76 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
+UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]+")
+"""Control characters, and those that break lines or turn the direction of writing."""
+
+
+def _plain(value: Any) -> str:
+    """One line of text that can be stored anywhere."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", UNSEEN.sub(" ", str(value)))
+
+
 def _text(value: Any) -> str:
-    """Text that Markdown and HTML take as it is."""
-    text = re.sub(r"[\x00-\x1f\x7f]+", " ", str(value))
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "\\|")
+    """Text that Markdown and HTML show as it is, cut at ``TEXT_CHARACTERS``."""
+    text = _plain(value)
+    if len(text) > TEXT_CHARACTERS:
+        text = f"{text[: TEXT_CHARACTERS - 2]} …"
+    text = re.sub(r"([\\`*_~|\[\]#!])", r"\\\1", text)
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _code(value: Any) -> str:
+    """Text for a code span, in which nothing can be escaped."""
+    return re.sub(r"[`|<>&]", "", _plain(value))[:TEXT_CHARACTERS]
 
 
 VOLUME_COLUMNS = (
     "case",
+    "state",
     "name",
     "volume_ml",
     "change_percent",
-    "slice_first",
-    "slice_last",
+    "flags",
+    "codes",
     "components",
     "touches_border",
-    "flags",
-    "state",
-    "codes",
-    "night",
-    "cohort",
+    "slice_first",
+    "slice_last",
+    "message",
     "model",
+    "cohort",
+    "night",
 )
+"""The UI shows about the first six without scrolling."""
+ANSWER_COLUMNS = ("night", "cohort", *VOLUME_COLUMNS[:-2])
+"""The same for rows of several nights and cohorts."""
 
 
-def volume_table(rows: Iterable[Row]) -> list[dict[str, Any]]:
+def volume_table(rows: Iterable[Row], columns: Sequence[str] = VOLUME_COLUMNS) -> list[dict[str, Any]]:
     """Rows for a table artifact: the columns that people read, figures rounded, nothing empty as None."""
-    table: list[dict[str, Any]] = []
-    for row in rows:
-        if len(table) == TABLE_ROWS:
-            break
-        shown = {column: row[column] for column in VOLUME_COLUMNS}
-        for column in ("volume_ml", "change_percent"):
-            if shown[column] is not None:
-                shown[column] = round(shown[column], 3)
-        table.append({column: "" if value is None else value for column, value in shown.items()})
-    return table
+    return [{column: _cell(row[column]) for column in columns} for row in itertools.islice(rows, TABLE_ROWS)]
+
+
+def _cell(value: Any) -> Any:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return round(value, 3)
+    return _plain(value) if isinstance(value, str) else value
 
 
 def training_markdown(facts: Mapping[str, Any], curves: Mapping[str, bytes]) -> str:
     """The page of a trained model: its figures and curves."""
     training = facts["training"]
     parts = [
-        f"# Model {facts['name']}@{facts['version']}",
+        f"# Model {_text(facts['name'])}@{facts['version']}",
         f"*{NOTICE}*",
         _table(
             ("steps", "minutes", "workers", "precision", "parameters", "training cases", "validation cases"),
             [
                 (
                     training["steps"],
-                    training["minutes"],
+                    f"{training['minutes']:.1f}",
                     training["workers"],
                     training["precision"],
                     f"{training['parameters']:,}",
@@ -183,5 +285,5 @@ def training_markdown(facts: Mapping[str, Any], curves: Mapping[str, bytes]) -> 
     if scores:
         parts.append(_table(("label", "validation Dice"), ((n, f"{v:.3f}") for n, v in scores.items())))
     for name, png in curves.items():
-        parts.append(f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})")
+        parts.append(f"![{_text(name)}]({_data_uri(png)})")
     return "\n\n".join(parts) + "\n"

@@ -36,14 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _log_to_stderr()
     started = time.monotonic()
     try:
-        with _environment(options) as api_is_ready:
+        # standard output is for the result; Ray and others print there too
+        with contextlib.redirect_stdout(sys.stderr), _environment(options) as api_is_ready:
             from flows import commands
+            from flows.demo import demo
 
             # the server starts while Prefect is imported
             if options.command in RUNS_FLOWS:
                 importlib.import_module("flows.cohorts")
             api_is_ready()
-            result = commands.RUN[options.command](options)
+            result = demo() if options.command == "demo" else commands.HANDLERS[options.command](options)
     except VnetError as error:
         print(f"vnet {options.command}: {error.code}: {error.message}", file=sys.stderr)
         if options.json:

@@ -15,6 +15,7 @@ from pydantic import Field
 from flows.plans import make_plan
 from flows.session import Session, open_session
 from flows.tasks import Progress, batches, preprocess_batch, refresh_cohort, report_night, segment_batch
+from vnet_core.errors import ConfigError
 from vnet_core.plan import Plan
 from workers.clusters import dask_executor, ray_session
 from workers.cohort import Case, Entry, load_cohort, load_entries, volume_key
@@ -34,8 +35,8 @@ def preprocess_cohort(cohort: CohortName, plan: PlanSource = "auto") -> State[An
     """Bring every usable case of a cohort onto the plan's grid, as Zarr volumes.
 
     Args:
-        cohort: name that was given at vnet ingest
-        plan: auto, or a TOML file whose settings replace those of the derived plan
+        cohort: name that was given at vnet ingest, such as liver
+        plan: auto, or the path of a TOML file whose settings replace those of the derived plan
     """
     session = open_session()
     entries = load_entries(session.root, load_cohort(session.root, cohort).name)
@@ -49,12 +50,11 @@ def segment_cohort(cohort: CohortName, model: ModelReference, mask_format: MaskF
     """Segment every case of a cohort that has no mask of this model yet, and report on all.
 
     Args:
-        cohort: name that was given at vnet ingest
-        model: name for its newest version, or name@version
-        mask_format: format of the mask files
+        cohort: name that was given at vnet ingest, such as liver
+        model: name for its newest version, such as liver, or one version, such as liver@v2
+        mask_format: file format of the masks: NIfTI (.nii.gz), MetaImage (.mha) or NRRD (.nrrd)
     """
     session = open_session()
-    load_cohort(session.root, cohort)
     return _night(session, cohort, load_model(session.root, model), mask_format)
 
 
@@ -63,13 +63,12 @@ def nightly(cohort: CohortName, model: ModelReference, mask_format: MaskFormat =
     """Look for new and changed scans in the cohort's sources, segment what has no mask yet, and report on all.
 
     Args:
-        cohort: name that was given at vnet ingest
-        model: name for its newest version, or name@version
-        mask_format: format of the mask files
+        cohort: name that was given at vnet ingest, such as liver
+        model: name for its newest version, such as liver, or one version, such as liver@v2
+        mask_format: file format of the masks: NIfTI (.nii.gz), MetaImage (.mha) or NRRD (.nrrd)
     """
     session = open_session()
     loaded = load_model(session.root, model)
-    load_cohort(session.root, cohort)
     refresh_cohort(session.root, cohort)
     return _night(session, cohort, loaded, mask_format)
 
@@ -77,6 +76,13 @@ def nightly(cohort: CohortName, model: ModelReference, mask_format: MaskFormat =
 def _night(session: Session, cohort: str, model: Model, mask_format: MaskFormat) -> State[Any]:
     """Everything from the cohort's entries to the report."""
     mask_file(mask_format)
+    channels = load_cohort(session.root, cohort).channels
+    if len(channels) != len(model.plan.channels):
+        raise ConfigError(
+            "model.channels",
+            f"cohort {cohort} has {len(channels)} channels {channels}, model {model.reference} takes"
+            f" {len(model.plan.channels)} {model.plan.channels}; choose the model that was trained on these channels",
+        )
     started = datetime.now(UTC)
     entries = load_entries(session.root, cohort)
     jobs = [Job(cohort, case, mask_format) for case in usable(entries)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from argparse import Namespace
@@ -14,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flows.session import Session, open_session
-from vnet_core.errors import ConfigError, EngineError
+from vnet_core.errors import ConfigError, EngineError, VnetError
 from vnet_core.plan import Label, config_error, digest_of
 from workers.clusters import processors
 from workers.cohort import Cohort
@@ -310,13 +311,6 @@ def serve(options: Namespace) -> Result:
     return Result("stopped")
 
 
-def demo(options: Namespace) -> Result:
-    """``vnet demo``."""
-    from flows.demo import demo as run
-
-    return run(open_session())
-
-
 def run_flow(flow: Any, **parameters: Any) -> Any:
     """Run a flow in this process and return the data of its final state.
 
@@ -329,11 +323,14 @@ def run_flow(flow: Any, **parameters: Any) -> Any:
 
     from flows.cohorts import NoCaseDone
 
+    _quiet_console()
     try:
         # heartbeats tell a server that its remote run lives; in this process they only delay the end by a second
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
             state = flow(**parameters, return_state=True)
     except (httpx.TransportError, PrefectHTTPStatusError) as error:
+        # a full disk stops Prefect's database too, and is then what to tell
+        open_session()
         url = os.environ.get("PREFECT_API_URL")
         raise EngineError("prefect.unreachable", f"the Prefect API at {url} stopped answering: {error}") from error
     result = state.result(raise_on_failure=False)
@@ -344,8 +341,21 @@ def run_flow(flow: Any, **parameters: Any) -> Any:
     return result
 
 
-RUN: dict[str, Callable[[Namespace], Result]] = {
-    "demo": demo,
+def _quiet_console() -> None:
+    """Keep the tracebacks of our own errors off the terminal: the command says each in a line, the UI has them."""
+    from prefect.logging.handlers import PrefectConsoleHandler
+
+    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, PrefectConsoleHandler):
+                handler.addFilter(_is_unexpected)
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], VnetError))
+
+
+HANDLERS: dict[str, Callable[[Namespace], Result]] = {
     "ingest": ingest,
     "preprocess": preprocess,
     "train": train,
@@ -356,4 +366,4 @@ RUN: dict[str, Callable[[Namespace], Result]] = {
     "models": models,
     "serve": serve,
 }
-"""Function of each command."""
+"""Function of each command, but for ``demo``, which is made of them."""

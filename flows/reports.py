@@ -10,7 +10,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import BaseModel, Field
 
-from flows.artifacts import volume_table
+from flows.artifacts import ANSWER_COLUMNS, volume_table
 from flows.session import open_session
 from workers.query import Query, query
 
@@ -19,18 +19,26 @@ KEY = "query-reports"
 
 
 class Question(BaseModel):
-    """Volumes over all nights; every field that is left empty does not restrict."""
+    """Volumes over all nights; a field that is empty or 0 does not restrict."""
 
-    cohort: str | None = Field(default=None, title="Cohort")
-    label: str | None = Field(default=None, title="Label", description="Name of a structure")
-    case: str | None = Field(default=None, title="Case")
-    nights: int | None = Field(default=1, title="Newest nights", description="Of each cohort; None: all", ge=1)
-    volume_min_ml: float | None = Field(default=None, title="Smallest volume (mL)", ge=0)
-    volume_max_ml: float | None = Field(default=None, title="Largest volume (mL)", ge=0)
-    change_min_percent: float | None = Field(
-        default=None, title="Smallest change (%)", description="Since the night before, up or down", ge=0
+    # plain types: a form shows a field that may be None as a choice between types
+    cohort: str = Field(default="", title="Cohort", description="Empty: all cohorts")
+    label: str = Field(default="", title="Label", description="Name of a structure, such as liver; empty: all")
+    case: str = Field(default="", title="Case", description="Name of a case; empty: all")
+    nights: int = Field(default=1, title="Newest nights", description="How many nights of each cohort; 0: all", ge=0)
+    volume_min_ml: float = Field(default=0.0, title="Smallest volume (mL)", description="0: no limit", ge=0)
+    volume_max_ml: float = Field(default=0.0, title="Largest volume (mL)", description="0: no limit", ge=0)
+    change_min_percent: float = Field(
+        default=0.0,
+        title="Smallest change (%)",
+        description="Since the night before, up or down; 0: also what did not change or is new",
+        ge=0,
     )
-    flag: Literal["any", "empty", "touches-border", "many-components"] = Field(default="any", title="Flag")
+    flag: Literal["any", "empty", "touches-border", "many-components"] = Field(
+        default="any",
+        title="Flag",
+        description="empty: nothing found; touches-border: cut off by the scan; many-components: in many pieces",
+    )
 
 
 EVERYTHING = Question()
@@ -42,13 +50,13 @@ def query_reports(question: Question = EVERYTHING) -> State[Any]:
     """Answer with a table of the volumes that pass every filter; it is the artifact `query-reports`.
 
     Args:
-        question: what to look for
+        question: what to look for; as it stands: everything of the newest night of every cohort
     """
     session = open_session()
-    asked = question.model_dump()
-    for name in ("cohort", "label", "case"):
-        asked[name] = asked[name] or None
+    asked: dict[str, Any] = {name: value or None for name, value in question.model_dump().items()}
     asked["flag"] = None if question.flag == "any" else question.flag
     rows = query(session.root, Query(**asked))
-    create_table_artifact(table=volume_table(rows), key=KEY, description=f"{len(rows)} rows")
-    return Completed(message=f"{len(rows)} rows", data={"rows": len(rows)})
+    limits = [f"{name} {value}" for name, value in asked.items() if value is not None]
+    found = f"{len(rows)} {'row' if len(rows) == 1 else 'rows'} ({', '.join(limits) or 'no limits'})"
+    create_table_artifact(table=volume_table(rows, ANSWER_COLUMNS), key=KEY, description=found)
+    return Completed(message=found, data={"rows": len(rows)})

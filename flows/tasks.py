@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -36,7 +37,7 @@ class Progress:
     """A progress bar in the UI over a known number of cases, and a log line for each case without a result."""
 
     def __init__(self, key: str, total: int, description: str) -> None:
-        self._total, self._done, self._sent = total, 0, time.monotonic()
+        self._what, self._total, self._done, self._sent = description, total, 0, time.monotonic()
         self._log = get_run_logger()
         artifact = create_progress_artifact(progress=0.0, key=artifact_key(key), description=description)
         assert isinstance(artifact, UUID)
@@ -49,10 +50,13 @@ class Progress:
             self._log.warning(
                 "%s %s: %s %s: %s", outcome.stage, outcome.case, outcome.state, ",".join(outcome.codes), outcome.message
             )
-        self.show(self._done / self._total)
+        self.show(self._done / self._total, f"{self._what}: {self._done} of {self._total}")
 
-    def show(self, share: float) -> None:
-        """Set the bar to a share of 0 .. 1."""
+    def show(self, share: float, text: str) -> None:
+        """Set the bar to a share of 0 .. 1, and say the text where a person watches a terminal."""
+        if sys.stderr.isatty():
+            # back to the start of the line, and clear what a longer text left behind it
+            print(f"\r{text}\x1b[K", end="\n" if share >= 1 else "", file=sys.stderr, flush=True)
         if share >= 1 or time.monotonic() - self._sent >= PROGRESS_SECONDS:
             update_progress_artifact(self._artifact, progress=min(100.0, 100 * share))
             self._sent = time.monotonic()

@@ -31,12 +31,15 @@ ModelName = Annotated[str, Field(min_length=1)]
 class TrainingSettings(BaseModel):
     """How long and on what to train."""
 
-    minutes: float | None = Field(
-        default=10.0, title="Minutes", description="Training time, without preprocessing", gt=0
+    minutes: float = Field(default=10.0, title="Minutes", description="Training time, without preprocessing", gt=0)
+    steps: int | None = Field(
+        default=None, title="Steps", description="Optimiser steps instead of minutes; None: the minutes decide", gt=0
     )
-    steps: int | None = Field(default=None, title="Steps", description="Optimiser steps; replaces the minutes", gt=0)
     plan: str = Field(
-        default="auto", title="Plan", description="auto, or a TOML file on the machine that runs the flow", min_length=1
+        default="auto",
+        title="Plan",
+        description="auto, or the path of a TOML file on the machine that runs the flow",
+        min_length=1,
     )
     workers: int | None = Field(
         default=None, title="Workers", description="Ray workers that train together; None: as the site file says", ge=1
@@ -55,9 +58,9 @@ def train_model(cohort: CohortName, model: ModelName, settings: TrainingSettings
     """Train a V-Net on the labelled cases of a cohort and publish it as the next version of a model.
 
     Args:
-        cohort: cases to learn from
-        model: name of the model; every training is a version of it
-        settings: how long and on what to train
+        cohort: cases to learn from; the name that was given at vnet ingest, such as liver
+        model: name of the model, such as liver; every training publishes its next version
+        settings: how long and with which plan
     """
     session = open_session()
     engines = session.site.engines
@@ -83,7 +86,9 @@ def train_model(cohort: CohortName, model: ModelName, settings: TrainingSettings
         key=artifact_key("model", trained.name),
         description=f"Model {trained.reference}",
     )
-    return Completed(message=f"{trained.reference}: {trained.facts['metrics']}", data={"model": trained.reference})
+    scores = trained.facts["metrics"]["validation_dice"]
+    dice = ", ".join(f"{name} {value:.3f}" for name, value in scores.items()) or "no validation cases"
+    return Completed(message=f"{trained.reference}, validation Dice: {dice}", data={"model": trained.reference})
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +106,13 @@ def fit(root: Root, engines: Engines, name: str, budget: Budget, learning: Learn
     bar = Progress(f"train {name}", 1, f"Training of model {name}")
 
     def show(progress: TrainingProgress) -> None:
-        bar.show(progress.share)
-        log.info(
-            "step %d, loss %.4f, %.2f s a step, %.1f min left%s",
-            progress.step,
-            progress.loss,
-            progress.seconds_per_step,
-            progress.seconds_left / 60,
-            "" if progress.dice is None else f", validation Dice {progress.dice:.3f}",
+        dice = "" if progress.dice is None else f", validation Dice {progress.dice:.3f}"
+        text = (
+            f"step {progress.step}, loss {progress.loss:.4f}, {progress.seconds_per_step:.2f} s a step,"
+            f" {progress.seconds_left / 60:.1f} min left{dice}"
         )
+        bar.show(progress.share, f"{name}: {text}")
+        log.info(text)
 
     with ray_session(engines.ray_address, engines.cpus):
         if learning is None:

@@ -18,6 +18,8 @@ from vnet_core.errors import ConfigError, EngineError
 
 CONNECT_TIMEOUT_S = 20.0
 """How long an address may take to answer."""
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""What an HTTP/2 client, such as gRPC, says first: the preface and an empty SETTINGS frame (RFC 9113, 3.4)."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -107,7 +109,8 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
             "address": "local",
         }
     else:
-        _answers("ray", address, default_port=6379)
+        # Ray itself would wait for minutes for something that takes the connection and says nothing
+        _answers("ray", address, default_port=6379, greeting=HTTP2_GREETING)
         options["address"] = address
     try:
         ray.init(**options)
@@ -119,8 +122,9 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def _answers(engine: str, address: str, default_port: int) -> None:
-    """Wait for the address's port to accept a connection; EngineError when it does not within the limit."""
+def _answers(engine: str, address: str, default_port: int, greeting: bytes = b"") -> None:
+    """Wait for the address's port to accept a connection and react to a greeting; EngineError when it does not within
+    the limit."""
     parts = urlsplit(address if "//" in address else f"//{address}")
     try:
         host, port = parts.hostname or "", parts.port or default_port
@@ -129,7 +133,13 @@ def _answers(engine: str, address: str, default_port: int) -> None:
     end = time.monotonic() + CONNECT_TIMEOUT_S
     while True:
         try:
-            socket.create_connection((host, port), timeout=max(0.1, min(5.0, end - time.monotonic()))).close()
+            with socket.create_connection((host, port), timeout=max(0.1, min(5.0, end - time.monotonic()))) as peer:
+                if greeting:
+                    peer.settimeout(max(0.1, end - time.monotonic()))
+                    peer.sendall(greeting)
+                    peer.recv(1)
+            return
+        except ConnectionResetError:  # it has reacted
             return
         except OSError as error:
             if isinstance(error, ConnectionRefusedError | socket.gaierror) or time.monotonic() >= end:

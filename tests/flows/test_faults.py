@@ -44,6 +44,8 @@ convolutions = [1, 1, 1]
 [training]
 patch_size = [32, 32, 32]
 batch_size = 4
+optimiser = "sgd"
+learning_rate = 1e-3
 """
 """Steps that take long enough to be killed between two checkpoints."""
 
@@ -125,6 +127,11 @@ class Command:
         """Processes of the command that still run."""
         marked = {p for p in psutil.process_iter() if _mark(p) == self.mark}
         return [p for p in marked | set(self._seen) if _alive(p)]
+
+    def over(self) -> bool:
+        """Whether nothing of the command runs, but for the two agents of a Ray node that was killed: they try for a
+        minute to report the death of the node to the node, and then end."""
+        return all("ray::" in _command_line(p) and "Agent" in _command_line(p) for p in self.left())
 
     def end(self) -> list[str]:
         """Kill what is left, and say what it was."""
@@ -254,7 +261,7 @@ def test_a_night_killed_and_interrupted_goes_on_to_the_same_bytes(vnet, many: Pa
     killed = vnet(*night(), root=root)
     killed.until(lambda: len(volumes(root) - had) >= 2)
     killed.kill()
-    until(lambda: not killed.left(), 30)
+    until(killed.over, 30)
     prepared = volumes(root) - had
     assert 2 <= len(prepared) < CASES
     assert receipts(root) == {}
@@ -264,7 +271,7 @@ def test_a_night_killed_and_interrupted_goes_on_to_the_same_bytes(vnet, many: Pa
     killed = vnet(*night(), root=root)
     killed.until(lambda: len(receipts(root)) >= 2)
     killed.kill()
-    until(lambda: not killed.left(), 30)
+    until(killed.over, 30)
     first = receipts(root)
     assert 2 <= len(first) < CASES
     for key, stamp in stamps.items():
@@ -357,7 +364,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(vnet, training, whole_tra
     checkpoints = root / "training" / "killed" / "v1" / "checkpoints"
     killed.until(lambda: len(list(checkpoints.glob("*/receipt.json"))) >= 2)
     killed.kill()
-    until(lambda: not killed.left(), 30)
+    until(killed.over, 30)
     kept = sorted(int(path.parent.name) for path in checkpoints.glob("*/receipt.json"))
     assert 0 < kept[-1] < STEPS
     assert not (root / "models" / "killed").exists()
@@ -379,6 +386,7 @@ def test_two_workers_learn_what_one_does(vnet, training, whole_training: Path) -
     bundle = root / "models" / "pair" / "v1"
     facts, alone = facts_of(bundle), facts_of(whole_training)
     assert (facts["training"]["workers"], facts["training"]["steps"]) == (2, STEPS)
+    print("largest", largest_difference(bundle, whole_training), facts["loss"], alone["loss"], facts["metrics"], alone["metrics"])
     assert largest_difference(bundle, whole_training) <= 1e-3
     for name, dice in alone["metrics"]["validation_dice"].items():
         assert facts["metrics"]["validation_dice"][name] == pytest.approx(dice, abs=0.02)
@@ -457,11 +465,13 @@ def test_a_root_on_a_read_only_disk_is_told_before_anything_starts(vnet, tmp_pat
         assert "Traceback" not in command.err
 
 
+import os
+ROOM = int(os.environ.get('ROOM', '8'))
 def test_a_full_disk_is_told_and_the_same_command_finishes_after_it_was_enlarged(
     vnet, many: Path, undisturbed, tmp_path: Path
 ) -> None:
     used = sum(path.stat().st_size for path in many.rglob("*") if path.is_file())
-    with tmpfs(tmp_path / "disk", f"size={used + (16 << 20)}") as disk:
+    with tmpfs(tmp_path / "disk", f"size={used + (ROOM << 20)}") as disk:
         root = copy(many, disk / "vnet-data")
         full = vnet(*night(), root=root)
         code = full.wait()

@@ -396,3 +396,15 @@ def test_measured_peak_of_tiles_is_within_the_limit():
     assert result["predicted"] > 0.25 * GIB
     assert result["tile"] is not None
     assert result["peak"] <= 0.25 * GIB + logits_bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_the_labels_of_the_processor():
+    plan = make_plan(memory_limit_gib=6.0)
+    network = build_vnet(plan.network, 1, plan.classes)
+    x = image(1, 24, 20, 28)
+    here = predict_logits(prepare(network, CPU, torch.float32), x, plan).argmax(0)
+    cuda = torch.device("cuda")
+    there = predict_logits(prepare(network, cuda, torch.float32), x.to(cuda), plan).argmax(0)
+    assert (here == there).float().mean() > 0.999
