@@ -114,14 +114,14 @@ def learning_rate_factor(plan: TrainingPlan, progress: float) -> float:
 
 
 def build_optimiser(network: nn.Module, plan: TrainingPlan) -> torch.optim.Optimizer:
-    """The plan's optimiser; weight decay spares biases, norms and activation slopes."""
+    """The plan's optimiser; weight decay spares biases, norms and activation slopes. One kernel updates all weights."""
     groups = [
         {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": plan.weight_decay},
         {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if plan.optimiser == "sgd":
-        return torch.optim.SGD(groups, lr=plan.learning_rate, momentum=0.99, nesterov=True)
-    return torch.optim.AdamW(groups, lr=plan.learning_rate)
+        return torch.optim.SGD(groups, lr=plan.learning_rate, momentum=0.99, nesterov=True, fused=True)
+    return torch.optim.AdamW(groups, lr=plan.learning_rate, fused=True)
 
 
 @dataclass(frozen=True, slots=True)
