@@ -91,7 +91,7 @@ def _are(number: int) -> str:
 def _duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     if minutes < 2:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
@@ -166,7 +166,7 @@ def _case_section(case: Sequence[Row], png: bytes) -> str:
     compared = any(row["change_ml"] is not None for row in case)
     columns: list[tuple[str, list[Any]]] = [
         ("label", [row["name"] for row in case]),
-        ("mL", [f"{'≥ ' if row['touches_border'] else ''}{_millilitres(row['volume_ml'])}" for row in case]),
+        ("mL", [_volume_text(row) for row in case]),
         ("change", [_change_text(row) for row in case] if compared else []),
         ("slices", [_slices(row) for row in case]),
         ("pieces", [row["components"] for row in case]),
@@ -176,6 +176,11 @@ def _case_section(case: Sequence[Row], png: bytes) -> str:
     table = _table([name for name, _ in shown], zip(*(cells for _, cells in shown), strict=True))
     name = _text(case[0]["case"])
     return f"### {name}\n\n{table}\n\n![{name}]({_data_uri(png)})"
+
+
+def _volume_text(row: Row) -> str:
+    # the space does not break
+    return ("≥\u00a0" if row["touches_border"] else "") + _millilitres(row["volume_ml"])
 
 
 def _change_text(row: Row) -> str:

@@ -62,13 +62,25 @@ def deployments(nightlies: Sequence[Nightly], timezone: str) -> list[RunnerDeplo
     # runs import the flow as the installed package, whatever folder they are started in
     module = EntrypointType.MODULE_PATH
     by_form = (nightly, segment_cohort, preprocess_cohort, train_model, query_reports)
-    on_demand = [cast("RunnerDeployment", flow.to_deployment("form", entrypoint_type=module)) for flow in by_form]
+    on_demand = [
+        cast(
+            "RunnerDeployment",
+            # without the parameters, which the form itself describes
+            flow.to_deployment(
+                f"{flow.name}-form",
+                description=(flow.description or "").partition("\n\n")[0],
+                entrypoint_type=module,
+            ),
+        )
+        for flow in by_form
+    ]
     one_at_a_time = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
     scheduled = [
         cast(
             "RunnerDeployment",
             nightly.to_deployment(
                 entry.cohort,
+                description=f"Cohort {entry.cohort} with model {entry.model}, at `{entry.cron}` in {timezone} time.",
                 parameters={"cohort": entry.cohort, "model": entry.model},
                 schedule=Cron(entry.cron, timezone=timezone),
                 concurrency_limit=one_at_a_time,

@@ -10,7 +10,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import BaseModel, Field
 
-from flows.artifacts import ANSWER_COLUMNS, volume_table
+from flows.artifacts import ANSWER_COLUMNS, TABLE_ROWS, volume_table
 from flows.session import open_session
 from workers.query import Query, query
 
@@ -55,8 +55,9 @@ def query_reports(question: Question = EVERYTHING) -> State[Any]:
     session = open_session()
     asked: dict[str, Any] = {name: value or None for name, value in question.model_dump().items()}
     asked["flag"] = None if question.flag == "any" else question.flag
-    rows = query(session.root, Query(**asked))
+    rows = query(session.root, Query(**asked, limit=TABLE_ROWS))
     limits = [f"{name} {value}" for name, value in asked.items() if value is not None]
-    found = f"{len(rows)} {'row' if len(rows) == 1 else 'rows'} ({', '.join(limits) or 'no limits'})"
+    number = f"the newest {TABLE_ROWS} rows" if len(rows) == TABLE_ROWS else f"{len(rows)} rows"
+    found = f"{number} ({', '.join(limits) or 'no limits'})"
     create_table_artifact(table=volume_table(rows, ANSWER_COLUMNS), key=KEY, description=found)
     return Completed(message=found, data={"rows": len(rows)})

@@ -109,10 +109,11 @@ def report_night(
         counts=counts(outcomes),
     )
     rows = write_night(root, night, outcomes, {entry.case.id: entry.case.patient for entry in entries})
+    done = sum(outcome.done for outcome in outcomes)
     create_markdown_artifact(
         markdown=night_markdown(night, rows, lambda key: root.get(f"{key}/qc.png")),
         key=artifact_key("night", cohort),
-        description=f"Cohort {cohort}, night {night.id}",
+        description=f"{done} of {len(outcomes)} cases have a mask; night {night.id}",
     )
     create_table_artifact(
         table=volume_table(rows), key=artifact_key("volumes", cohort), description=f"Volumes of night {night.id}"
