@@ -20,6 +20,8 @@ CONNECT_TIMEOUT_S = 20.0
 """How long an address may take to answer."""
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """What an HTTP/2 client, such as gRPC, says first: the preface and an empty SETTINGS frame (RFC 9113, 3.4)."""
+ENCRYPTED = ("tls", "wss")
+"""Schemes whose servers are silent until they are greeted in their own way."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -72,7 +74,8 @@ def dask_executor(address: str | None, workers: int) -> Iterator[Executor]:
             ):
                 yield client.get_executor(retries=0)
             return
-        _answers("dask", address, default_port=8786)
+        # a scheduler speaks first
+        _answers("dask", address, default_port=8786, greeting=b"")
         try:
             client = distributed.Client(address, timeout=CONNECT_TIMEOUT_S)
         except (OSError, TimeoutError, ValueError) as error:
@@ -109,7 +112,6 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
             "address": "local",
         }
     else:
-        # Ray itself would wait for minutes for something that takes the connection and says nothing
         _answers("ray", address, default_port=6379, greeting=HTTP2_GREETING)
         options["address"] = address
     try:
@@ -122,9 +124,9 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def _answers(engine: str, address: str, default_port: int, greeting: bytes = b"") -> None:
+def _answers(engine: str, address: str, default_port: int, greeting: bytes) -> None:
     """Wait for the address's port to accept a connection and react to a greeting; EngineError when it does not within
-    the limit."""
+    the limit. The clients of Dask and Ray wait for minutes for something that takes the connection and is silent."""
     parts = urlsplit(address if "//" in address else f"//{address}")
     try:
         host, port = parts.hostname or "", parts.port or default_port
@@ -134,7 +136,7 @@ def _answers(engine: str, address: str, default_port: int, greeting: bytes = b""
     while True:
         try:
             with socket.create_connection((host, port), timeout=max(0.1, min(5.0, end - time.monotonic()))) as peer:
-                if greeting:
+                if parts.scheme not in ENCRYPTED:
                     peer.settimeout(max(0.1, end - time.monotonic()))
                     peer.sendall(greeting)
                     peer.recv(1)

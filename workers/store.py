@@ -51,10 +51,12 @@ class Root:
         return self.folder / key
 
     def probe(self) -> None:
-        """Write, read and delete one small object; StorageError ``store.unwritable`` says what failed."""
+        """Write and delete one small object; StorageError ``store.unwritable`` or ``store.full`` says what failed."""
         try:
             self.put(".probe", b"probe")
             self.path(".probe").unlink(missing_ok=True)
+        except StorageError:
+            raise
         except OSError as error:
             raise StorageError(
                 "store.unwritable",

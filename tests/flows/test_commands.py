@@ -345,7 +345,7 @@ def refusals(walkthrough: Walkthrough, root: Path, tmp_path_factory: pytest.Temp
         ("patch", ["plan.value", "(26, 24, 24)", "multiple of 4 along z", "use 24 or 28"]),
         ("site", ["site.unknown-key", "dask_adress", "nearest is dask_address"]),
         ("source", ["source.missing", "nowhere"]),
-        ("workers", ["train.workers", "--workers 0", "1 or more"]),
+        ("workers", ["train.value", "workers", "greater than or equal to 1"]),
         ("resume", ["train.nothing-to-resume", "leave out --resume"]),
         ("option", ["--minutes", "not allowed with"]),
     ],
