@@ -157,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--model", required=True, metavar="NAME")
     budget = train.add_mutually_exclusive_group()
     budget.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
-    budget.add_argument("--minutes", type=float, metavar="M", help="training time (default 10)")
+    budget.add_argument("--minutes", type=float, metavar="M", help="training time (default 10; resuming: as before)")
     train.add_argument("--plan", default="auto", metavar="auto|FILE", help="TOML with settings that differ")
     train.add_argument("--workers", type=int, metavar="W", help="Ray workers that train together")
     train.add_argument("--resume", action="store_true", help="go on with the newest unfinished training")

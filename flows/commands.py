@@ -131,9 +131,11 @@ def train(options: Namespace) -> Result:
     from workers.models import load_model
 
     session = open_session()
+    if options.minutes == 0:
+        raise ConfigError("train.value", "--minutes 0 cannot train; use more than 0")
     try:
         settings = TrainingSettings(
-            minutes=10.0 if options.minutes is None else options.minutes,
+            minutes=options.minutes or 0.0,
             steps=options.steps,
             plan=_absolute(options.plan),
             workers=options.workers,

@@ -28,10 +28,18 @@ from workers.training_run import Budget, TrainingProgress
 ModelName = Annotated[str, Field(min_length=1)]
 
 
+DEFAULT_MINUTES = 10.0
+
+
 class TrainingSettings(BaseModel):
     """How long and on what to train."""
 
-    minutes: float = Field(default=10.0, title="Minutes", description="Training time, without preprocessing", gt=0)
+    minutes: float = Field(
+        default=0.0,
+        title="Minutes",
+        description=f"Training time, without preprocessing; 0: {DEFAULT_MINUTES:g}, or as before when resuming",
+        ge=0,
+    )
     steps: int | None = Field(
         default=None, title="Steps", description="Optimiser steps instead of minutes; None: the minutes decide", gt=0
     )
@@ -67,13 +75,15 @@ def train_model(cohort: CohortName, model: ModelName, settings: TrainingSettings
     if settings.workers:
         engines = replace(engines, train_workers=settings.workers)
     loaded = load_cohort(session.root, cohort)
-    budget = Budget(steps=settings.steps) if settings.steps else Budget(minutes=settings.minutes)
+    budget = asked_budget(settings)
     entries = load_entries(session.root, loaded.name)
     if not settings.resume:
         chosen = make_plan(session.root, loaded, entries, settings.plan, engines)
         labelled = [entry for entry in entries if entry.verdict.usable and entry.case.label]
         preprocess_cases(session, cohort, usable(labelled), chosen)
-        trained = fit(session.root, engines, model, budget, Learning(entries, chosen))
+        trained = fit(
+            session.root, engines, model, budget or Budget(minutes=DEFAULT_MINUTES), Learning(entries, chosen)
+        )
     else:
         trained = fit(session.root, engines, model, budget, None)
     curves = {
@@ -91,6 +101,13 @@ def train_model(cohort: CohortName, model: ModelName, settings: TrainingSettings
     return Completed(message=f"{trained.reference}, validation Dice: {dice}", data={"model": trained.reference})
 
 
+def asked_budget(settings: TrainingSettings) -> Budget | None:
+    """The budget that was asked for, None where nothing was."""
+    if settings.steps:
+        return Budget(steps=settings.steps)
+    return Budget(minutes=settings.minutes) if settings.minutes else None
+
+
 @dataclass(frozen=True, slots=True)
 class Learning:
     """What a new training starts from."""
@@ -100,8 +117,8 @@ class Learning:
 
 
 @task(name="train", cache_policy=NO_CACHE)
-def fit(root: Root, engines: Engines, name: str, budget: Budget, learning: Learning | None) -> Model:
-    """Train on Ray; without ``learning`` the newest unfinished training goes on."""
+def fit(root: Root, engines: Engines, name: str, budget: Budget | None, learning: Learning | None) -> Model:
+    """Train on Ray; without ``learning`` the newest unfinished training goes on, without a budget with its own."""
     log = get_run_logger()
     bar = Progress(f"train {name}", 1, f"Training of model {name}")
 
@@ -117,4 +134,5 @@ def fit(root: Root, engines: Engines, name: str, budget: Budget, learning: Learn
     with ray_session(engines.ray_address, engines.cpus):
         if learning is None:
             return train_stage.resume(root, name, budget, engines, show)
+        budget = budget or Budget(minutes=DEFAULT_MINUTES)
         return train_stage.train(root, name, learning.entries, learning.plan, budget, engines, show)

@@ -100,7 +100,7 @@ class TrainingPlan(Section):
     """`dice`: 1 - soft Dice, squared denominator, as published. `dice+cross-entropy`: its sum with cross-entropy."""
     optimiser: Literal["adamw", "sgd"] = "adamw"
     """`sgd` has Nesterov momentum 0.99."""
-    learning_rate: float = Field(default=2e-3, gt=0)
+    learning_rate: float = Field(default=3e-3, gt=0)
     """Peak of the schedule."""
     weight_decay: float = Field(default=1e-4, ge=0)
     """Decoupled for adamw."""
@@ -116,11 +116,11 @@ class TrainingPlan(Section):
     """Axes (0 z, 1 y, 2 x) mirrored with probability 0.5. Leave out an axis whose two sides have different labels."""
     shift_voxels: int = Field(default=4, ge=0)
     """Largest random shift of the patch along each axis."""
-    rotation_degrees: float = Field(default=15.0, ge=0, le=180)
+    rotation_degrees: float = Field(default=5.0, ge=0, le=180)
     """Largest random rotation about each axis; 0 turns it off."""
-    scaling: float = Field(default=0.15, ge=0, lt=1)
+    scaling: float = Field(default=0.05, ge=0, lt=1)
     """Random zoom of the whole patch between 1 - scaling and 1 + scaling; 0 turns it off."""
-    intensity: float = Field(default=0.2, ge=0, lt=1)
+    intensity: float = Field(default=0.1, ge=0, lt=1)
     """Random contrast between 1 - intensity and 1 + intensity, random brightness and noise of up to half that, on the
     normalised intensities; 0 turns it off."""
     average_decay: float = Field(default=0.99, ge=0, lt=1)
