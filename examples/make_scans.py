@@ -1,6 +1,6 @@
 """Write small labelled scans, made from a seed, as folders that the documentation's commands use.
 
-    python examples/make_scans.py FOLDER
+python examples/make_scans.py FOLDER
 """
 
 import sys
