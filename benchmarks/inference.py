@@ -91,6 +91,7 @@ def small(runs: int) -> Setting:
         {
             "labels": [{"value": 1, "name": "structure"}],
             "network": {"kernel_size": 3, "width": 4, "convolutions": [1, 1, 1]},
+            "training": {"patch_size": [8, 16, 16]},
         }
     )
     return Setting(plan, (24, 32, 32), (16, 16, 16), runs)
