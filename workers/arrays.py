@@ -79,11 +79,6 @@ def read_array(root: Root, prefix: str, name: str) -> np.ndarray:
         raise StorageError("store.corrupt", f"{prefix}/{name} is damaged ({error}); delete it and run again") from error
 
 
-def has_array(root: Root, prefix: str, name: str) -> bool:
-    """Whether a group holds an array of that name."""
-    return root.exists(f"{prefix}/{name}/zarr.json")
-
-
 LABEL_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0))
 """Okabe and Ito's colour-blind-safe colours, cycled over the labels."""
 

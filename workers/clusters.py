@@ -7,11 +7,11 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from collections.abc import Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from vnet_core.errors import ConfigError, EngineError
@@ -22,22 +22,6 @@ HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 
 """What an HTTP/2 client, such as gRPC, says first: the preface and an empty SETTINGS frame (RFC 9113, 3.4)."""
 ENCRYPTED = ("tls", "wss")
 """Schemes whose servers are silent until they are greeted in their own way."""
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-class SerialExecutor(Executor):
-    """Runs every call at once in the caller's thread."""
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """The finished future of ``fn(*args, **kwargs)``."""
-        future: Future[T] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:  # noqa: BLE001  a future carries whatever its call raised
-            future.set_exception(error)
-        return future
 
 
 def processors() -> int:

@@ -143,11 +143,6 @@ def night_ids(root: Root, cohort: str) -> list[str]:
     return [n.removesuffix(".parquet") for n in root.names(f"reports/{cohort}") if n.endswith(".parquet")]
 
 
-def load_night(root: Root, cohort: str, night: str) -> Night:
-    """A night's record."""
-    return Night(**root.get_json(f"nights/{cohort}/{night}.json"))
-
-
 def read_rows(root: Root, cohort: str, night: str) -> list[dict[str, Any]]:
     """All rows of a night."""
     rows: list[dict[str, Any]] = pq.read_table(root.path(f"reports/{cohort}/{night}.parquet")).to_pylist()

@@ -12,7 +12,7 @@ import zarr
 from vnet_core.errors import StorageError
 from vnet_core.geometry import CANONICAL_DIRECTION, Geometry, from_mapping, matrix_of
 from vnet_core.plan import Label
-from workers.arrays import CHUNK_EDGE, SHARD_EDGE, has_array, read_array, write_arrays, write_ome_labels
+from workers.arrays import CHUNK_EDGE, SHARD_EDGE, read_array, write_arrays, write_ome_labels
 from workers.store import Root
 
 LABELS = (Label(value=1, name="liver"), Label(value=300, name="tumour"))
@@ -71,16 +71,16 @@ def test_several_arrays_and_their_attributes(root):
     for name, array in arrays.items():
         np.testing.assert_array_equal(read_array(root, "v", name), array)
     assert dict(zarr.open_group(root.path("v"), mode="r").attrs) == {"geometry": {"shape": [5, 6, 7]}, "é": [1.5, None]}
-    assert has_array(root, "v", "label")
-    assert not has_array(root, "v", "truth")
-    assert not has_array(root, "w", "label")
+    assert root.exists("v/label/zarr.json")
+    assert not root.exists("v/truth/zarr.json")
+    assert not root.exists("w/label/zarr.json")
 
 
 def test_a_second_write_replaces_everything(root):
     write_arrays(root, "v", {"image": noise(1, 70, 70, 70), "label": noise(70, 70, 70, dtype=np.uint8)}, {"a": 1})
     write_arrays(root, "v", {"image": noise(1, 5, 6, 7)}, {"b": 2})
     np.testing.assert_array_equal(read_array(root, "v", "image"), noise(1, 5, 6, 7))
-    assert not has_array(root, "v", "label")
+    assert not root.exists("v/label/zarr.json")
     assert dict(zarr.open_group(root.path("v"), mode="r").attrs) == {"b": 2}
 
 
