@@ -35,7 +35,7 @@ $(READY): requirements.lock pyproject.toml
 lock:
 	rm -rf build/lock-venv
 	$(PYTHON) -m venv build/lock-venv
-	build/lock-venv/bin/pip install --disable-pip-version-check '.[test,bench]'
+	build/lock-venv/bin/pip install --disable-pip-version-check '.[test]'
 	build/lock-venv/bin/pip freeze --exclude vnet-cohort | sed 's/+cpu$$//' > requirements.lock
 	rm -rf build
 

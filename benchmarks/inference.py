@@ -27,12 +27,13 @@ from torch.nn import functional as F
 from benchmarks.machine import provenance
 from vnet_core.geometry import Shape
 from vnet_core.inference import precision, predict_logits, prepare
-from vnet_core.networks.vnet import VNet, build_vnet, count_macs, count_parameters
+from vnet_core.networks.layout import count_macs
+from vnet_core.networks.vnet import VNet, build_vnet, count_parameters
 from vnet_core.plan import Plan
 from vnet_core.preprocess import prepare as prepare_case
 from workers.cohort import read_channels
 from workers.discover import discover
-from workers.models import load_model, load_network
+from workers.models import load_model, load_networks
 from workers.scans import read_label
 from workers.store import Root
 
@@ -119,7 +120,7 @@ def sliding_window(network: nn.Module, image_CZYX: Tensor, roi: Shape) -> Tensor
 def measure(arm: str, setting: Setting) -> Measurement:
     """Time one arm once; to be called in a process of its own."""
     plan = setting.plan
-    network: nn.Module = build_vnet(plan.network, len(plan.channels), plan.classes).eval()
+    network: nn.Module = build_vnet(plan.network, len(plan.channels), plan.outputs).eval()
     image = synthetic_image(setting.shape)
     if arm == OURS:
         network = prepare(network, CPU, precision(plan.inference, CPU))
@@ -174,8 +175,8 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 def report(setting: Setting, measurements: dict[str, list[Measurement]]) -> str:
     """The results as Markdown, with what is needed to repeat them."""
     plan, first = setting.plan, measurements[OURS][0].labels
-    network = build_vnet(plan.network, len(plan.channels), plan.classes)
-    gigamacs = count_macs(plan.network, len(plan.channels), plan.classes, setting.shape) / 1e9
+    network = build_vnet(plan.network, len(plan.channels), plan.outputs)
+    gigamacs = count_macs(plan.network, len(plan.channels), plan.outputs, setting.shape) / 1e9
     medians = {arm: median(m.seconds for m in made) for arm, made in measurements.items()}
     rows = [
         f"| {arm} | {' · '.join(f'{m.seconds:.2f}' for m in made)} | {medians[arm]:.2f} "
@@ -263,7 +264,7 @@ def main() -> None:
         root = Root(arguments.root)
         model = load_model(root, arguments.model)
         roi = model.plan.training.patch_size
-        rows = agreement(load_network(root, model), model.plan, held_out(arguments.manifest, model.plan), roi)
+        rows = agreement(load_networks(root, model)[0], model.plan, held_out(arguments.manifest, model.plan), roi)
         text += "\n" + report_agreement(model.name, rows, roi)
     text += "\n".join([*provenance("torch", "monai", "numpy"), ""])
     print(text)

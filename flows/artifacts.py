@@ -272,9 +272,20 @@ def training_markdown(facts: Mapping[str, Any], curves: Mapping[str, bytes]) -> 
         f"# Model {_text(facts['name'])}@{facts['version']}",
         f"*{NOTICE}*",
         _table(
-            ("steps", "minutes", "workers", "precision", "parameters", "training cases", "validation cases"),
+            (
+                "networks",
+                "steps",
+                "minutes",
+                "workers",
+                "precision",
+                "parameters",
+                "training cases",
+                "validation cases",
+                "started from",
+            ),
             [
                 (
+                    training["folds"],
                     training["steps"],
                     f"{training['minutes']:.1f}",
                     training["workers"],
@@ -282,13 +293,15 @@ def training_markdown(facts: Mapping[str, Any], curves: Mapping[str, bytes]) -> 
                     f"{training['parameters']:,}",
                     len(training["training_cases"]),
                     len(training["validation_cases"]),
+                    _text(training["started_from"] or "nothing"),
                 )
             ],
         ),
     ]
     scores = facts["metrics"]["validation_dice"]
     if scores:
-        parts.append(_table(("label", "validation Dice"), ((n, f"{v:.3f}") for n, v in scores.items())))
+        parts.append(_table(("structure", "validation Dice"), ((n, f"{v:.3f}") for n, v in scores.items())))
+    parts += [f"- {_text(reason)}" for reason in facts["cleaning"]]
     for name, png in curves.items():
         parts.append(f"![{_text(name)}]({_data_uri(png)})")
     return "\n\n".join(parts) + "\n"

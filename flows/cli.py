@@ -21,9 +21,12 @@ from typing import Any
 from flows.server import check_api, local_api, prefect_environment
 from flows.session import ROOT_VARIABLE, SITE_VARIABLE, open_session
 from vnet_core.errors import ConfigError, EngineError, MemoryLimitError, StorageError, VnetError
+from vnet_core.sections import PRESETS
 
 RUNS_FLOWS = ("demo", "preprocess", "train", "segment", "nightly")
 """Commands that need a Prefect API."""
+WITHOUT_ROOT = ("evaluate", "fetch", "label")
+"""Commands that use no storage root."""
 API_TIMEOUT_S = 10.0
 """How long an API that is named may take to answer."""
 
@@ -100,7 +103,7 @@ def _environment(options: argparse.Namespace) -> Iterator[Callable[[], None]]:
     A command that runs flows gets a Prefect API: the one that PREFECT_API_URL names, the server that ``vnet serve``
     runs on this root, or one of its own for the time of the command. All on this root share one database.
     """
-    if options.command == "evaluate":
+    if options.command in WITHOUT_ROOT or getattr(options, "action", "") == "describe":
         yield lambda: None
         return
     if options.root:
@@ -142,6 +145,19 @@ def parser() -> argparse.ArgumentParser:
 
     add("demo", "the whole way on a cohort made from a seed, in about two minutes on two cores")
 
+    fetch = add("fetch", "bring public data by name, or a file by its URL: checked, resumed, unpacked")
+    fetch.add_argument("name", nargs="?", metavar="NAME|URL", help="which data set; none: list them")
+    fetch.add_argument("--output", type=Path, metavar="DIR", help="where to (default: a folder of its own in data)")
+    fetch.add_argument("--sha256", metavar="HEX", help="checksum that the file must have")
+
+    label = add("label", "make label maps: spheres at the points of a table, such as LUNA16's nodules")
+    label.add_argument("action", choices=("spheres",))
+    label.add_argument("sources", nargs="+", metavar="SOURCE", help="folder, scan file, or manifest")
+    label.add_argument("--annotations", required=True, type=Path, metavar="FILE", help="CSV of points and diameters")
+    label.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the label maps")
+    label.add_argument("--hu-min", type=float, metavar="HU", help="leave out voxels below this intensity")
+    label.add_argument("--inside", type=Path, metavar="DIR", help="masks of the organ, named like the scans")
+
     ingest = add("ingest", "look through folders, DICOM trees or manifests and give every case a verdict")
     ingest.add_argument("sources", nargs="+", metavar="SOURCE", help="folder, scan file, or CSV or Parquet manifest")
     ingest.add_argument("--cohort", required=True, metavar="NAME")
@@ -159,8 +175,15 @@ def parser() -> argparse.ArgumentParser:
     budget.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
     budget.add_argument("--minutes", type=float, metavar="M", help="training time (default 10; resuming: as before)")
     train.add_argument("--plan", default="auto", metavar="auto|FILE", help="TOML with settings that differ")
+    train.add_argument("--preset", choices=tuple(PRESETS), help="a named network instead of the plan's")
+    train.add_argument("--folds", type=int, default=1, metavar="K", help="cross-validation: K networks, one model")
+    train.add_argument("--from", dest="start", default="", metavar="NAME[@VERSION]", help="model to go on from")
     train.add_argument("--workers", type=int, metavar="W", help="Ray workers that train together")
     train.add_argument("--resume", action="store_true", help="go on with the newest unfinished training")
+
+    plan = add("plan", "the plan that a cohort gets, and why")
+    plan.add_argument("action", choices=("explain",))
+    plan.add_argument("--cohort", required=True, metavar="NAME")
 
     segment = add("segment", "segment scans or a cohort with a model")
     segment.add_argument("sources", nargs="*", metavar="SOURCE", help="folder, scan file, or manifest")
@@ -169,11 +192,21 @@ def parser() -> argparse.ArgumentParser:
     segment.add_argument("--output", metavar="DIR", help="also copy every mask to DIR/<case>.nii.gz")
     segment.add_argument("--format", default="nifti", choices=("nifti", "mha", "nrrd"), help="format of the masks")
 
-    evaluate = add("evaluate", "Dice and volume error of masks against truth, per case and label")
+    evaluate = add("evaluate", "masks against truth: overlap, distances and volumes per case, label and cohort")
     evaluate.add_argument("predictions", metavar="PREDICTIONS", help="folder of masks")
     evaluate.add_argument("truth", metavar="TRUTH", help="folder of true label maps with the same names")
-    evaluate.add_argument("--label", action="append", default=[], metavar="VALUE=NAME", help="name of a label value")
-    evaluate.add_argument("--output", metavar="FILE", type=Path, help="write the table as CSV")
+    evaluate.add_argument(
+        "--label",
+        action="append",
+        default=[],
+        metavar="VALUES=NAME",
+        help="what to score: 1=liver, or labels together as 1,2,4=whole-tumour (default: every label)",
+    )
+    evaluate.add_argument(
+        "--tolerance-mm", nargs="+", type=float, default=[1.0], metavar="MM", help="of surface Dice (default: 1)"
+    )
+    evaluate.add_argument("--patients", metavar="FILE", help="CSV with the columns case and patient, for the intervals")
+    evaluate.add_argument("--output", metavar="FILE", type=Path, help="write scores as .csv, .parquet or .json")
 
     nightly = add("nightly", "what is new or changed: ingest, preprocess, segment, report")
     nightly.add_argument("--cohort", required=True, metavar="NAME")
@@ -192,9 +225,15 @@ def parser() -> argparse.ArgumentParser:
     query.add_argument("--nights", type=int, metavar="N", help="only the newest N nights of each cohort")
     query.add_argument("--limit", type=int, default=1000, metavar="N", help="most rows (default 1000)")
 
-    models = add("models", "trained models")
-    models.add_argument("action", choices=("list", "show"))
-    models.add_argument("model", nargs="?", metavar="NAME[@VERSION]")
+    models = add("models", "trained models: list them, show one; describe a network before training")
+    models.add_argument("action", choices=("list", "show", "describe"))
+    models.add_argument("model", nargs="?", metavar="NAME[@VERSION]|PRESET|FILE", help="describe: preset or plan file")
+    models.add_argument("--channels", type=int, default=1, metavar="N", help="describe: channels of the image")
+    models.add_argument("--classes", type=int, default=2, metavar="K", help="describe: classes with background")
+    models.add_argument(
+        "--input", type=int, nargs=3, default=(64, 128, 128), metavar=("Z", "Y", "X"), help="describe: voxels"
+    )
+    models.add_argument("--graph", type=Path, metavar="FILE", help="describe: draw the network (.png or .svg)")
 
     serve = add("serve", "the Prefect server, its UI, the deployments and the schedules, on this machine")
     serve.add_argument("--cohort", action="append", default=[], metavar="NAME", help="cohort to run every night")

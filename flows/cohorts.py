@@ -12,7 +12,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from pydantic import Field
 
-from flows.plans import make_plan
+from flows.plans import PlanSource, make_plan
 from flows.session import Session, open_session
 from flows.tasks import Progress, batches, preprocess_batch, refresh_cohort, report_night, segment_batch
 from vnet_core.errors import ConfigError
@@ -27,11 +27,11 @@ from workers.segment import STAGE, Job, SegmentPool, key_of
 # The form takes its texts from the docstrings of the flows.
 CohortName = Annotated[str, Field(min_length=1)]
 ModelReference = Annotated[str, Field(min_length=1)]
-PlanSource = Annotated[str, Field(min_length=1)]
+PlanFile = Annotated[str, Field(min_length=1)]
 
 
 @flow(name="preprocess-cohort", flow_run_name="preprocess {cohort}", validate_parameters=True)
-def preprocess_cohort(cohort: CohortName, plan: PlanSource = "auto") -> State[Any]:
+def preprocess_cohort(cohort: CohortName, plan: PlanFile = "auto") -> State[Any]:
     """Bring every usable case of a cohort onto the plan's grid, as Zarr volumes.
 
     Args:
@@ -39,8 +39,9 @@ def preprocess_cohort(cohort: CohortName, plan: PlanSource = "auto") -> State[An
         plan: auto, or the path of a TOML file whose settings replace those of the derived plan
     """
     session = open_session()
-    entries = load_entries(session.root, load_cohort(session.root, cohort).name)
-    wanted = make_plan(session.root, load_cohort(session.root, cohort), entries, plan, session.site.engines)
+    loaded = load_cohort(session.root, cohort)
+    entries = load_entries(session.root, cohort)
+    wanted = make_plan(session.root, loaded, entries, PlanSource(plan), session.site.engines)
     outcomes = [*refusals(entries), *preprocess_cases(session, cohort, usable(entries), wanted)]
     return final_state(outcomes, {"outcomes": outcomes, "plan": wanted.digest})
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shlex
 import shutil
+import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,6 +115,66 @@ def ingest_sources(
         return run(root, cohort, absolute, executor, Names(tuple(channels), parse_labels(labels)))
 
 
+def fetch(options: Namespace) -> Result:
+    """``vnet fetch``: one data set, or without a name the list of them."""
+    from workers.datasets import CATALOGUE
+    from workers.fetch import dataset
+    from workers.fetch import fetch as run
+
+    if not options.name:
+        rows = [{"name": n, "what": d.title, "licence": d.licence} for n, d in CATALOGUE.items()]
+        return Result(text_table(rows, ("name", "what", "licence")), [], {"datasets": rows})
+    wanted = dataset(options.name, options.sha256)
+    output = options.output or Path(wanted.folder)
+    fetched = run(wanted, output, _Meter())
+    cases = [_case(f.outcome) | {"path": str(f.path) if f.path else None, "sha256": f.sha256 or None} for f in fetched]
+    lines = [f"{wanted.title}\nlicence: {wanted.licence}; {wanted.homepage}"]
+    lines += [f"{f.path}  sha256 {f.sha256}" for f in fetched if f.path]
+    lines += [
+        f"{f.outcome.case}: no checksum is published, so nothing proves it; compare the one above with its homepage"
+        for f in fetched
+        if f.path and "fetch.unchecked" in f.outcome.codes
+    ]
+    failed = _undone([f.outcome for f in fetched if not f.outcome.done])
+    following = []
+    if not failed:
+        places = {"output": shlex.quote(str(output)), "path": shlex.quote(str(fetched[0].path))}
+        following = [line.format(**places) for line in wanted.following]
+        lines += [f"layout: {wanted.layout}"] if wanted.layout else []
+        lines += ["next:", *(f"  {line}" for line in following)]
+    return Result("\n".join([*lines, failed] if failed else lines), cases, {"next": following})
+
+
+class _Meter:
+    """A line on a terminal's standard error that says how far a download has come, at most twice a second."""
+
+    def __init__(self) -> None:
+        self._shown_at = 0.0
+
+    def __call__(self, name: str, done: int, total: int | None) -> None:
+        """Show ``done`` of ``total`` bytes of a file."""
+        if not sys.stderr.isatty() or (done != total and time.monotonic() - self._shown_at < 0.5):
+            return
+        self._shown_at = time.monotonic()
+        whole = f" of {total / 1e6:.1f}" if total else ""
+        print(f"\r{name}: {done / 1e6:.1f}{whole} MB", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def label(options: Namespace) -> Result:
+    """``vnet label spheres``."""
+    from workers.annotations import Gate, label_spheres
+
+    sources = [str(Path(source).expanduser()) for source in options.sources]
+    gate = Gate(options.hu_min, options.inside)
+    labelled = label_spheres(sources, options.annotations, options.output, gate)
+    cases = [_case(one.outcome) | {"spheres": one.spheres, "volume_ml": one.volume_ml} for one in labelled]
+    text = (
+        f"{sum(one.spheres for one in labelled)} spheres in {sum(one.spheres > 0 for one in labelled)} scans:"
+        f" {_summary([one.outcome for one in labelled])}\n{options.output / 'manifest.csv'}"
+    )
+    return Result(text, cases, {"manifest": str(options.output / "manifest.csv")})
+
+
 def preprocess(options: Namespace) -> Result:
     """``vnet preprocess``."""
     from flows.cohorts import preprocess_cohort
@@ -138,6 +202,9 @@ def train(options: Namespace) -> Result:
             minutes=options.minutes or 0.0,
             steps=options.steps,
             plan=_absolute(options.plan),
+            preset=options.preset or "",
+            folds=options.folds,
+            start=options.start,
             workers=options.workers,
             resume=options.resume,
         )
@@ -161,9 +228,23 @@ def train(options: Namespace) -> Result:
     return Result(text, [], extra)
 
 
+def plan(options: Namespace) -> Result:
+    """``vnet plan explain``."""
+    from flows.plans import derived
+    from workers.cohort import load_cohort, load_entries
+
+    session = open_session()
+    cohort = load_cohort(session.root, options.cohort)
+    found = derived(cohort, load_entries(session.root, cohort.name), session.site.engines)
+    rows = [{"key": r.key, "value": r.value, "because": r.words} for r in found.reasons]
+    text = text_table(rows, ("key", "value", "because"))
+    return Result(text, [], {"reasons": rows, "plan": found.plan.model_dump(mode="json")})
+
+
 def segment(options: Namespace) -> Result:
     """``vnet segment``."""
     from flows.cohorts import segment_cohort
+    from workers.models import load_model
 
     session = open_session()
     if bool(options.sources) == bool(options.cohort):
@@ -172,7 +253,8 @@ def segment(options: Namespace) -> Result:
     if options.sources:
         paths = sorted(str(Path(source).resolve()) for source in options.sources)
         cohort = f"scans-{digest_of(paths)[:8]}"
-        ingest_sources(session.root, cohort, options.sources)
+        channels = load_model(session.root, options.model).plan.channels
+        ingest_sources(session.root, cohort, options.sources, channels if len(channels) > 1 else ())
     data = run_flow(segment_cohort, cohort=cohort, model=options.model, mask_format=options.format)
     return _night_result(session, data, options.output)
 
@@ -236,25 +318,84 @@ def copy_mask(mask: Path, folder: Path, case: str) -> Path:
     return target
 
 
+def parse_structures(given: Sequence[str]) -> tuple[Any, ...]:
+    """What is scored, from ``VALUE=NAME`` or ``VALUE,VALUE=NAME``; ConfigError ``label.option`` otherwise."""
+    from vnet_core.metrics import Structure
+
+    found = []
+    for text in given:
+        numbers, _, name = text.partition("=")
+        values = numbers.split(",")
+        if not name or not all(v.isdecimal() and 0 < int(v) < 65536 for v in values):
+            raise ConfigError(
+                "label.option", f"--label {text!r} is not VALUE=NAME or VALUE,VALUE=NAME, such as 1=liver or 1,4=core"
+            )
+        found.append(Structure(name, tuple(dict.fromkeys(int(v) for v in values))))
+    names = [structure.name for structure in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError("label.option", f"--label gives the name {twice[0]!r} twice; give each a name of its own")
+    return tuple(sorted(found, key=lambda structure: (len(structure.values) > 1, structure.values)))
+
+
 def evaluate(options: Namespace) -> Result:
     """``vnet evaluate``."""
+    from workers.evaluate import OUTPUTS, columns, masks_in, patients_in, summary, to_parquet
     from workers.evaluate import evaluate as run
-    from workers.evaluate import masks_in, summary
     from workers.report import to_csv
 
-    found = run(masks_in(options.predictions), masks_in(options.truth), parse_labels(options.label))
+    output: Path | None = options.output
+    if output and output.suffix.lower() not in OUTPUTS:
+        raise ConfigError("evaluate.output", f"--output {output} ends in none of {', '.join(OUTPUTS)}; rename it")
+    patients = patients_in(options.patients) if options.patients else {}
+    tolerances_mm = options.tolerance_mm
+    with ThreadPoolExecutor(processors()) as executor:
+        found = run(
+            masks_in(options.predictions),
+            masks_in(options.truth),
+            parse_structures(options.label),
+            tolerances_mm,
+            executor,
+        )
+    means = summary(found, patients)
+    cases = [_case(e.outcome) | {"labels": list(e.labels)} for e in found]
     rows = [{"case": e.outcome.case} | row for e in found for row in e.labels]
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_bytes(to_csv(rows))
-    means = summary(found)
-    columns = ("case", "name", "dice", "volume_ml", "truth_volume_ml", "volume_error")
-    lines = [text_table(rows, columns), _undone([e.outcome for e in found])]
+    names = columns(tolerances_mm)
+    if output:
+        written = {
+            ".csv": lambda: to_csv(rows) if rows else (",".join(names) + "\n").encode(),
+            ".parquet": lambda: to_parquet(rows, names),
+            ".json": lambda: json.dumps({"cases": cases, **means}, allow_nan=False, indent=1).encode(),
+        }[output.suffix.lower()]()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(written)
+    return Result(_scores_text(found, rows, means, names), cases, means)
+
+
+def _scores_text(
+    found: Sequence[Any], rows: Sequence[Mapping[str, Any]], means: Mapping[str, Any], names: Sequence[str]
+) -> str:
+    """Scores of each case, then of each structure over the cases."""
+    tolerant = [name for name in names if name.startswith("surface_dice")]
+    shown = ["dice", "hd95_mm", "assd_mm", *tolerant, "volume_ml", "truth_volume_ml", "volume_error"]
+    over_cases = [
+        {"name": name, "metric": metric, **of_name[metric]}
+        for name, of_name in means["summary"]["labels"].items()
+        for metric in ("dice", "iou", "hd95_mm", "assd_mm", "abd_mm", *tolerant, "absolute_volume_error")
+    ]
+    lines = [
+        text_table(rows, ("case", "name", *shown)),
+        _undone([e.outcome for e in found]),
+        "over the cases: mean with 95 % interval; infinite: prediction or truth was empty",
+        text_table(
+            over_cases,
+            ("name", "metric", "cases", "infinite", "mean", "low", "high", "median", "worst", "worst_case"),
+        ),
+    ]
     lines += [f"mean Dice {name}: {value:.4f}" for name, value in means["dice"].items()]
     if means["mean_dice"] is not None:
         lines.append(f"mean Dice over labels: {means['mean_dice']:.4f}")
-    cases = [_case(e.outcome) | {"labels": list(e.labels)} for e in found]
-    return Result("\n".join(line for line in lines if line), cases, means)
+    return "\n".join(line for line in lines if line)
 
 
 def query(options: Namespace) -> Result:
@@ -269,7 +410,12 @@ def query(options: Namespace) -> Result:
 
 
 def models(options: Namespace) -> Result:
-    """``vnet models list|show``."""
+    """``vnet models list|show|describe``."""
+    if options.action == "describe":
+        from flows.networks import describe
+
+        text, extra = describe(options, text_table)
+        return Result(text, [], extra)
     from workers.models import load_model, versions
 
     root = open_session().root
@@ -290,11 +436,12 @@ def models(options: Namespace) -> Result:
                 {
                     "model": f"{name}@{version}",
                     "labels": " ".join(label["name"] for label in facts["labels"]),
+                    "networks": len(facts["weights"]),
                     "steps": facts["training"]["steps"],
                     "validation_dice": sum(scores) / len(scores) if scores else None,
                 }
             )
-    columns = ("model", "labels", "steps", "validation_dice")
+    columns = ("model", "labels", "networks", "steps", "validation_dice")
     return Result(text_table(rows, columns) if rows else "no models", [], {"models": rows})
 
 
@@ -357,9 +504,12 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
 
 
 HANDLERS: dict[str, Callable[[Namespace], Result]] = {
+    "fetch": fetch,
+    "label": label,
     "ingest": ingest,
     "preprocess": preprocess,
     "train": train,
+    "plan": plan,
     "segment": segment,
     "evaluate": evaluate,
     "nightly": nightly,

@@ -4,41 +4,114 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from vnet_core.errors import ConfigError
-from vnet_core.fingerprint import STEP_GMACS_PER_CORE, STEP_GMACS_PER_GPU, derive_plan, total
+from vnet_core.fingerprint import total
+from vnet_core.networks.memory import predicted_training_bytes
 from vnet_core.plan import Plan
-from workers.clusters import Engines
+from vnet_core.planning import STEP_GMACS_PER_CORE, STEP_GMACS_PER_GPU, Derivation, Machine, derive_plan
+from vnet_core.sections import PRESETS
+from workers.clusters import Engines, gpu_memory_gib
 from workers.cohort import Cohort, Entry
+from workers.models import load_model
 from workers.store import Root
 
+GIB = 2**30
 
-def make_plan(root: Root, cohort: Cohort, entries: Sequence[Entry], source: str, engines: Engines) -> Plan:
+
+@dataclass(frozen=True, slots=True)
+class PlanSource:
+    """What was said about the plan."""
+
+    settings: str = "auto"
+    """`auto`, or a TOML file whose settings replace those of the plan that it starts from."""
+    preset: str | None = None
+    """A named network."""
+    model: str | None = None
+    """A model whose plan it starts from, instead of one derived from the cohort."""
+
+
+def make_plan(root: Root, cohort: Cohort, entries: Sequence[Entry], source: PlanSource, engines: Engines) -> Plan:
     """The plan of a cohort, kept in the root as ``cohorts/<cohort>/plan.json``.
 
-    ``source`` is ``auto``: the kept plan, or else one derived from the cohort's fingerprint; or a TOML file, whose
-    settings replace those of the derived plan. Raises ConfigError ``plan.missing``, ``plan.toml``, ``plan.no-labels``,
-    ``plan.unknown-key`` or ``plan.value``.
+    With nothing said it is the kept plan, so that cases can be added without a new one, or else one derived from the
+    cohort's fingerprint. Raises ConfigError ``plan.missing``, ``plan.toml``, ``plan.no-labels``, ``plan.unknown-key``,
+    ``plan.value`` or ``plan.memory``.
     """
     kept = f"cohorts/{cohort.name}/plan.json"
-    if source == "auto" and root.exists(kept):
+    if source == PlanSource() and root.exists(kept):
         return Plan.from_mapping(root.get_json(kept))
+    base = load_model(root, source.model).plan if source.model else derived(cohort, entries, engines).plan
+    plan = settled(base, _settings(source))
+    check_memory(plan, machine(engines))
+    root.put_json(kept, plan.model_dump(mode="json"))
+    return plan
+
+
+def derived(cohort: Cohort, entries: Sequence[Entry], engines: Engines) -> Derivation:
+    """The plan that the cohort's fingerprint and the machine give, with its reasons."""
     if not cohort.labels:
         raise ConfigError(
             "plan.no-labels",
             f"cohort {cohort.name} has 0 labels, so there is nothing to train; ingest it with its label folder",
         )
-    power = engines.cpus * STEP_GMACS_PER_CORE
-    if engines.gpus_per_worker:
-        power = engines.train_workers * engines.gpus_per_worker * STEP_GMACS_PER_GPU
     fingerprint = total(e.fingerprint for e in entries if e.fingerprint and e.verdict.usable)
-    plan = derive_plan(fingerprint, cohort.channels, cohort.labels, power)
-    if source != "auto":
-        plan = Plan.from_mapping(_merged(plan.model_dump(mode="json"), _read(source)))
-    root.put_json(kept, plan.model_dump(mode="json"))
-    return plan
+    return derive_plan(fingerprint, cohort.channels, cohort.labels, machine(engines))
+
+
+def machine(engines: Engines) -> Machine:
+    """What the engines' training workers have, each of them."""
+    if engines.gpus_per_worker:
+        return Machine(engines.train_workers * engines.gpus_per_worker * STEP_GMACS_PER_GPU, gpu_memory_gib())
+    return Machine(engines.cpus * STEP_GMACS_PER_CORE, psutil.virtual_memory().total / GIB / engines.train_workers)
+
+
+def settled(base: Plan, settings: Mapping[str, Any]) -> Plan:
+    """``base`` with settings on top, section by section; a network that names its preset starts from that alone."""
+    mapping = base.model_dump(mode="json")
+    if "preset" in settings.get("network", {}):
+        mapping["network"] = {}
+    if "terms" in settings.get("training", {}).get("loss", {}):
+        mapping["training"]["loss"]["terms"] = {}
+    return Plan.from_mapping(_merged(mapping, settings))
+
+
+def check_memory(plan: Plan, machine: Machine) -> None:
+    """ConfigError ``plan.memory``, naming what would fit, when a training step needs more than the machine has."""
+
+    def needed_gib(batch: int) -> float:
+        patch = plan.training.patch_size
+        taken = predicted_training_bytes(plan.network, len(plan.channels), plan.outputs, patch, batch, 4)
+        return taken / GIB
+
+    batch = plan.training.batch_size
+    if needed_gib(batch) <= machine.memory_gib:
+        return
+    fitting = [n for n in range(batch - 1, 0, -1) if needed_gib(n) <= machine.memory_gib]
+    remedy = (
+        f"use training.batch_size {fitting[0]} and training.accumulate {-(-batch // fitting[0])}"
+        if fitting
+        else "use a smaller training.patch_size or network.width"
+    )
+    raise ConfigError(
+        "plan.memory",
+        f"a training step of {batch} patches of {plan.training.patch_size} needs {needed_gib(batch):.1f} GiB,"
+        f" {machine.memory_gib:.1f} GiB are there; {remedy}",
+    )
+
+
+def _settings(source: PlanSource) -> dict[str, Any]:
+    settings = _read(source.settings) if source.settings != "auto" else {}
+    if source.preset:
+        if source.preset not in PRESETS:
+            raise ConfigError("plan.value", f"preset {source.preset!r} is not known; use one of {', '.join(PRESETS)}")
+        settings = _merged(settings, {"network": {"preset": source.preset}})
+    return settings
 
 
 def _read(source: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
@@ -14,15 +14,15 @@ from pydantic import BaseModel, Field
 
 from flows.artifacts import artifact_key, training_markdown
 from flows.cohorts import CohortName, preprocess_cases, usable
-from flows.plans import make_plan
+from flows.plans import PlanSource, make_plan
 from flows.session import open_session
 from flows.tasks import Progress
-from vnet_core.plan import Plan
 from workers import train as train_stage
 from workers.clusters import Engines, ray_session
-from workers.cohort import Entry, load_cohort, load_entries
+from workers.cohort import load_cohort, load_entries
 from workers.models import Model
 from workers.store import Root
+from workers.train import Training
 from workers.training_run import Budget, TrainingProgress
 
 ModelName = Annotated[str, Field(min_length=1)]
@@ -52,6 +52,21 @@ class TrainingSettings(BaseModel):
     workers: int | None = Field(
         default=None, title="Workers", description="Ray workers that train together; None: as the site file says", ge=1
     )
+    preset: Literal["", "paper", "caffe", "vnet-pytorch", "vnet-tf", "compact"] = Field(
+        default="", title="Preset", description="A named network instead of the plan's; empty: the plan's"
+    )
+    folds: int = Field(
+        default=1,
+        title="Folds",
+        description="Above 1: cross-validation, one network per fold at once; together they are the model",
+        ge=1,
+        le=20,
+    )
+    start: str = Field(
+        default="",
+        title="Start from",
+        description="A model whose weights and plan the training starts from, such as liver@v2; empty: from nothing",
+    )
     resume: bool = Field(
         default=False, title="Resume", description="Go on with the newest unfinished training of this model"
     )
@@ -76,16 +91,17 @@ def train_model(cohort: CohortName, model: ModelName, settings: TrainingSettings
         engines = replace(engines, train_workers=settings.workers)
     loaded = load_cohort(session.root, cohort)
     budget = asked_budget(settings)
-    entries = load_entries(session.root, loaded.name)
-    if not settings.resume:
-        chosen = make_plan(session.root, loaded, entries, settings.plan, engines)
+    if settings.resume:
+        trained = fit(session.root, engines, Going(model, budget))
+    else:
+        entries = load_entries(session.root, loaded.name)
+        source = PlanSource(settings.plan, settings.preset or None, settings.start or None)
+        chosen = make_plan(session.root, loaded, entries, source, engines)
         labelled = [entry for entry in entries if entry.verdict.usable and entry.case.label]
         preprocess_cases(session, cohort, usable(labelled), chosen)
-        trained = fit(
-            session.root, engines, model, budget or Budget(minutes=DEFAULT_MINUTES), Learning(entries, chosen)
-        )
-    else:
-        trained = fit(session.root, engines, model, budget, None)
+        budget = budget or Budget(minutes=DEFAULT_MINUTES)
+        training = Training(model, entries, chosen, budget, settings.folds, settings.start or None)
+        trained = fit(session.root, engines, training)
     curves = {
         name: session.root.get(f"{trained.prefix}/{name}")
         for name in ("loss.png", "dice.png")
@@ -109,18 +125,19 @@ def asked_budget(settings: TrainingSettings) -> Budget | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Learning:
-    """What a new training starts from."""
+class Going:
+    """The newest unfinished training of a model, to go on with."""
 
-    entries: list[Entry]
-    plan: Plan
+    name: str
+    budget: Budget | None
+    """None: as before."""
 
 
 @task(name="train", cache_policy=NO_CACHE)
-def fit(root: Root, engines: Engines, name: str, budget: Budget | None, learning: Learning | None) -> Model:
-    """Train on Ray; without ``learning`` the newest unfinished training goes on, without a budget with its own."""
+def fit(root: Root, engines: Engines, asked: Training | Going) -> Model:
+    """Train on Ray, from the start or from where it stands."""
     log = get_run_logger()
-    bar = Progress(f"train {name}", 1, f"Training of model {name}")
+    bar = Progress(f"train {asked.name}", 1, f"Training of model {asked.name}")
 
     def show(progress: TrainingProgress) -> None:
         dice = "" if progress.dice is None else f", validation Dice {progress.dice:.3f}"
@@ -128,11 +145,10 @@ def fit(root: Root, engines: Engines, name: str, budget: Budget | None, learning
             f"step {progress.step}, loss {progress.loss:.4f}, {progress.seconds_per_step:.2f} s a step,"
             f" {progress.seconds_left / 60:.1f} min left{dice}"
         )
-        bar.show(progress.share, f"{name}: {text}")
+        bar.show(progress.share, f"{asked.name}: {text}")
         log.info(text)
 
     with ray_session(engines.ray_address, engines.cpus):
-        if learning is None:
-            return train_stage.resume(root, name, budget, engines, show)
-        budget = budget or Budget(minutes=DEFAULT_MINUTES)
-        return train_stage.train(root, name, learning.entries, learning.plan, budget, engines, show)
+        if isinstance(asked, Going):
+            return train_stage.resume(root, asked.name, asked.budget, engines, show)
+        return train_stage.train(root, asked, engines, show)

@@ -62,6 +62,9 @@ def _name(kind: Any) -> str:
     if origin is tuple:
         parts = get_args(kind)
         return f"list of {_name(parts[0])}" if parts[-1] is Ellipsis else f"{len(parts)} x {_name(parts[0])}"
+    if origin is dict:
+        key, value = get_args(kind)
+        return f"table of {_name(value)} by {_name(key)}"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"table with {', '.join(f'`{name}`' for name in kind.model_fields)}"
     return {"float": "number", "int": "whole number", "str": "text", "bool": "true or false"}[kind.__name__]

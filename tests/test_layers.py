@@ -15,21 +15,28 @@ PACKAGES = ("vnet_core", "workers", "flows")
 
 RANKS = (
     ("errors",),
-    ("geometry", "volume", "plan", "blocks"),
-    ("resample",),
+    ("geometry", "volume", "sections", "plan", "blocks"),
+    ("decide", "resample"),
     (
         "preprocess",
+        "bias",
         "augment",
+        "deformation",
+        "splits",
+        "agreement",
         "postprocess",
         "metrics",
+        "surface",
+        "statistics",
         "report",
         "pictures",
         "phantoms",
+        "spheres",
         "networks",
         "losses",
         "fingerprint",
     ),
-    ("training", "inference"),
+    ("training", "fitting", "inference", "ensemble", "planning"),
 )
 """Modules of vnet_core; each imports only its own rank and those above it here."""
 

@@ -5,25 +5,32 @@ One case's fingerprint is taken when the case is ingested and kept with it, so a
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import cc3d
 import numpy as np
 
-from vnet_core.errors import ConfigError
-from vnet_core.plan import Label, NetworkPlan, Plan, PreprocessPlan, TrainingPlan
 from vnet_core.preprocess import foreground_box
 from vnet_core.volume import Volume, canonical, crop
 
 Grid = tuple[tuple[int, int, int], tuple[float, float, float]]
 """Shape and spacing_mm, (z, y, x) in canonical order."""
 
+INTENSITY_FIRST = -1100.0
+INTENSITY_WIDTH = 10.0
+INTENSITY_BINS = 432
+"""Intensities of labelled voxels are counted in bins of this width, the first and the last open: Hounsfield units from
+-1100 to 3200. Counts add up; the moments and quantiles that are read from them are right to within a bin."""
+
+
+SIZES_PER_DOUBLING = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """Grids of the foreground boxes and voxels per label, over any number of cases."""
+    """Grids of the foreground boxes, voxels per label and their intensities, over any number of cases."""
 
     grids: Counter[Grid] = field(default_factory=Counter)
     """How many cases have each grid, after reorientation and crop."""
@@ -31,6 +38,18 @@ class Fingerprint:
     """Voxels per label value, background (0) included."""
     label_cases: Counter[int] = field(default_factory=Counter)
     """Cases in which each label value occurs."""
+    intensities: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Labelled voxels per (channel, bin of intensity); bin 0 is all below ``INTENSITY_FIRST``."""
+    components: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Connected components (26 neighbours) per (label value, size): size n is 2^(n / 4) mL, to the nearest."""
+
+    @property
+    def component_ml(self) -> dict[int, list[float]]:
+        """Volumes in mL of the components of each label, ascending, to the nearest quarter of a doubling."""
+        volumes: dict[int, list[float]] = {}
+        for (value, size), n in sorted(self.components.items()):
+            volumes.setdefault(value, []).extend([2.0 ** (size / SIZES_PER_DOUBLING)] * n)
+        return volumes
 
     @property
     def cases(self) -> int:
@@ -42,6 +61,8 @@ class Fingerprint:
             self.grids + other.grids,
             self.label_voxels + other.label_voxels,
             self.label_cases + other.label_cases,
+            self.intensities + other.intensities,
+            self.components + other.components,
         )
 
 
@@ -58,7 +79,76 @@ def fingerprint(image: Volume, label: Volume | None) -> Fingerprint:
         grids,
         Counter({int(v): int(n) for v, n in zip(values, voxels, strict=True)}),
         Counter({int(v): 1 for v in values}),
+        _counted(image.voxels[:, label.labels > 0]),
+        _components(label.labels, label.geometry.voxel_ml),
     )
+
+
+def _components(labels_ZYX: np.ndarray, voxel_ml: float) -> Counter[tuple[int, int]]:
+    """Components per (label value, size); all labels in one pass."""
+    rows = [np.flatnonzero((labels_ZYX > 0).any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+    if len(rows[0]) == 0:
+        return Counter()
+    box = labels_ZYX[tuple(slice(row[0], row[-1] + 1) for row in rows)]
+    # cc3d joins voxels of equal value only
+    components = cc3d.connected_components(np.ascontiguousarray(box).astype(np.uint16), connectivity=26)
+    voxels = np.bincount(components.ravel())
+    values = np.zeros(len(voxels), np.int64)
+    values[components.ravel()] = box.ravel()
+    sizes = np.round(SIZES_PER_DOUBLING * np.log2(np.maximum(voxels, 1) * voxel_ml)).astype(int)
+    return Counter((int(values[number]), int(sizes[number])) for number in range(1, len(voxels)))
+
+
+def _counted(values: np.ndarray) -> Counter[tuple[int, int]]:
+    """Voxels per (channel, bin) of values (C, N)."""
+    result: Counter[tuple[int, int]] = Counter()
+    for channel, row in enumerate(values):
+        bins = np.floor((row.astype(np.float64) - INTENSITY_FIRST) / INTENSITY_WIDTH) + 1
+        counts = np.bincount(np.clip(bins, 0, INTENSITY_BINS - 1).astype(np.int64), minlength=INTENSITY_BINS)
+        result.update({(channel, int(b)): int(counts[b]) for b in np.flatnonzero(counts)})
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Intensities:
+    """What a cohort's labelled voxels say of one channel."""
+
+    window: tuple[float, float]
+    """Their 0.5 and 99.5 percentiles."""
+    mean: float
+    """Of the values clipped to the window."""
+    deviation: float
+    """Standard deviation of the values clipped to the window."""
+
+
+def labelled_intensities(value: Fingerprint, channel: int) -> Intensities | None:
+    """Percentiles, mean and deviation of a channel's labelled voxels, within one bin of the exact ones.
+
+    None where they give no scale: without a labelled voxel, as in fingerprints of older versions, or with all in one
+    bin. Values in the open bins count as their edges.
+    """
+    counts = np.zeros(INTENSITY_BINS)
+    for (where, number), n in value.intensities.items():
+        if where == channel:
+            counts[number] = n
+    if np.count_nonzero(counts) < 2:
+        return None
+    edges = INTENSITY_FIRST + INTENSITY_WIDTH * np.clip(np.arange(-1, INTENSITY_BINS), 0, INTENSITY_BINS - 2)
+    reached = np.concatenate([[0.0], np.cumsum(counts)]) / counts.sum()
+    lower, upper = (_quantile(reached, edges, share) for share in (0.005, 0.995))
+    if lower >= upper:
+        return None
+    centres = np.clip((edges[1:] + edges[:-1]) / 2, lower, upper)
+    mean = float(np.average(centres, weights=counts))
+    variance = float(np.average((centres - mean) ** 2, weights=counts))
+    return Intensities((lower, upper), mean, float(np.sqrt(variance)))
+
+
+def _quantile(reached: np.ndarray, edges: np.ndarray, share: float) -> float:
+    """Where the share of values that lie below, ``reached`` at each of ``edges``, is ``share``; linear in a bin."""
+    number = int(np.searchsorted(reached, share, side="right")) - 1
+    part = (share - reached[number]) / (reached[number + 1] - reached[number])
+    return float(edges[number] + part * (edges[number + 1] - edges[number]))
 
 
 def total(parts: Iterable[Fingerprint]) -> Fingerprint:
@@ -75,73 +165,34 @@ def to_mapping(value: Fingerprint) -> dict:
         "grids": [[list(shape), list(spacing), n] for (shape, spacing), n in sorted(value.grids.items())],
         "label_voxels": sorted([v, n] for v, n in value.label_voxels.items()),
         "label_cases": sorted([v, n] for v, n in value.label_cases.items()),
+        "intensities": _runs(value.intensities),
+        "components": sorted([v, size, n] for (v, size), n in value.components.items()),
     }
 
 
+def _runs(counts: Counter[tuple[int, int]]) -> list[list]:
+    """[channel, first bin, [count, count, ...]] from the first to the last bin of each channel."""
+    result = []
+    for channel in sorted({channel for channel, _ in counts}):
+        bins = [number for where, number in counts if where == channel]
+        first, last = min(bins), max(bins)
+        result.append([channel, first, [counts[channel, number] for number in range(first, last + 1)]])
+    return result
+
+
 def from_mapping(mapping: dict) -> Fingerprint:
-    """The inverse of :func:`to_mapping`."""
+    """The inverse of :func:`to_mapping`; what an older version did not write is empty."""
     return Fingerprint(
         Counter({(tuple(shape), tuple(spacing)): n for shape, spacing, n in mapping["grids"]}),
         Counter(dict(mapping["label_voxels"])),
         Counter(dict(mapping["label_cases"])),
-    )
-
-
-STEP_GMACS_PER_CORE = 110.0
-"""Multiply-accumulates (10^9) of one forward pass of a batch that a plan allows per processor core. With the backward
-pass about twice that again; a core with bfloat16 units does some 100 such a second, so a step takes about three seconds
-at the most."""
-
-STEP_GMACS_PER_GPU = 20_000.0
-"""The same for one GPU."""
-
-
-def derive_plan(
-    value: Fingerprint, channels: tuple[str, ...], labels: tuple[Label, ...], step_gmacs: float = STEP_GMACS_PER_CORE
-) -> Plan:
-    """A plan from a cohort's fingerprint.
-
-    Spacing: the median along each axis. Patch: the 95th percentile of the foreground boxes, rounded up to what the
-    network divides, at most about 128^3 voxels. Levels: as many as leave at least 3 voxels along each axis at the
-    bottom, at most the published 5. Width: the largest of 4, 8, 16 whose batch stays within ``step_gmacs``. Channels
-    whose name is CT get an intensity window, all others z-scores. Mirroring is left out along x when a label's name
-    tells left from right.
-
-    Raises ConfigError ``plan.empty-cohort`` without a case.
-    """
-    if value.cases == 0:
-        raise ConfigError("plan.empty-cohort", "the cohort has 0 usable cases; a plan needs at least 1")
-    spacings = np.array([spacing for (_, spacing) in value.grids.elements()])
-    spacing = np.median(spacings, axis=0)
-    extents = np.array([np.multiply(shape, s) for (shape, s) in value.grids.elements()])
-    voxels = np.quantile(extents, 0.95, axis=0) / spacing
-    levels = 5
-    while levels > 2 and (np.ceil(voxels / 2 ** (levels - 1)) < 3).any():
-        levels -= 1
-    divisor = 2 ** (levels - 1)
-    patch = np.maximum(np.ceil(voxels / divisor), 1) * divisor
-    while patch.prod() > 128**3:
-        patch[patch.argmax()] -= divisor
-    batch = 4 if patch.prod() <= 64**3 else 2
-    convolutions = NetworkPlan().convolutions[:levels]
-    width = max(w for w in (4, 8, 16) if w == 4 or _relative_gmacs(w, patch) * batch <= step_gmacs)
-    sided = any(word in re.split(r"[^a-z]+", label.name.lower()) for label in labels for word in ("left", "right"))
-    return Plan(
-        channels=channels,
-        labels=labels,
-        preprocess=PreprocessPlan(
-            spacing_mm=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
-            intensity="window" if all(name.upper() == "CT" for name in channels) else "zscore",
+        Counter(
+            {
+                (channel, first + place): n
+                for channel, first, counts in mapping.get("intensities", ())
+                for place, n in enumerate(counts)
+                if n
+            }
         ),
-        network=NetworkPlan(width=width, convolutions=convolutions, normalisation="instance"),
-        training=TrainingPlan(
-            patch_size=(int(patch[0]), int(patch[1]), int(patch[2])),
-            batch_size=batch,
-            flip_axes=() if sided else (2,),
-        ),
+        Counter({(v, size): n for v, size, n in mapping.get("components", ())}),
     )
-
-
-def _relative_gmacs(width: int, patch: np.ndarray) -> float:
-    """Forward cost of one patch, from the published network's 502 GMAC at width 16 and 128 x 128 x 64 voxels."""
-    return 502.0 * (width / 16) ** 2 * float(patch.prod()) / (128 * 128 * 64)

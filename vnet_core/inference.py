@@ -1,6 +1,6 @@
 """From a preprocessed image to logits, in one pass or in tiles, within a memory limit.
 
-B batch, C input channel, K class, Z Y X voxels.
+B batch, C input channel, K output, Z Y X voxels.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from itertools import chain, groupby
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +16,12 @@ from torch.nn import functional as F
 from vnet_core.blocks import Region, gaussian_weights, tiles
 from vnet_core.errors import MemoryLimitError
 from vnet_core.geometry import Shape
-from vnet_core.networks.vnet import convolutions, encoder_widths, padded
-from vnet_core.plan import InferencePlan, NetworkPlan, Plan
+from vnet_core.networks.layout import padded
+from vnet_core.networks.memory import predicted_peak_bytes
+from vnet_core.plan import Plan
+from vnet_core.sections import InferencePlan
 
 GIB = 2**30
-OVERHEAD_BYTES = 144 * 2**20
-"""What a pass holds beside its values: scratch memory of the libraries below, and freed blocks that the C allocator
-keeps (it gives those above 32 MiB back at once; of those below, up to four were seen)."""
-UNFOLDED_VALUES = 20480
-"""Torch writes out the input of a float32 convolution once per tap of its kernel, and its output twice, where the
-kernel is at most 3 wide and channels * Z * Y at most this."""
 
 
 def processor_precision(device: torch.device) -> torch.dtype:
@@ -60,62 +55,6 @@ def prepare(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.
     return copy.to(device=device, dtype=dtype, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 
-def predicted_peak_bytes(plan: NetworkPlan, channels: int, classes: int, shape: Shape, bytes_per_value: int) -> int:
-    """Most memory that a whole pass over one volume holds at once, in bytes.
-
-    For a :func:`prepare`d V-Net with weights and activations of ``bytes_per_value``: weights, activations on the
-    padded grid of ``shape`` (z, y, x), the logits, which come out as float32, and what the libraries below keep.
-    Not counted: the image that the caller holds, and the libraries themselves.
-    """
-    grid = padded(shape, plan.divisor)
-    kernels = [entering * leaving * taps for _, entering, leaving, taps in convolutions(plan, channels, classes)]
-    # A convolution has its weights rearranged for itself while it runs.
-    weights_bytes = (sum(kernels) + max(kernels)) * bytes_per_value
-    activations_bytes = _peak_values(plan, channels, classes, grid, bytes_per_value == 4) * bytes_per_value
-    logits_bytes = classes * prod(grid) * (bytes_per_value + 4)
-    return weights_bytes + max(activations_bytes, logits_bytes) + OVERHEAD_BYTES
-
-
-def _peak_values(plan: NetworkPlan, channels: int, classes: int, grid: Shape, unfolds: bool) -> int:
-    """Most activation values alive at once, following VNet.forward step by step."""
-    widths = encoder_widths(plan)
-    spare = 0 if plan.normalisation == "none" else 1
-    bottom = plan.levels - 1
-
-    def unfolded(level: int, entering: int, leaving: int, taps: int) -> int:
-        """Values per voxel that a convolution on the grid of a level holds besides its input and output."""
-        z, y, _ = grid
-        small = entering * (z >> level) * (y >> level) <= UNFOLDED_VALUES
-        return entering * taps + leaving if unfolds and small and taps <= 27 else 0
-
-    def stage(level: int, entering: int, width: int, count: int) -> int:
-        """Values of a stage: what enters stays until it is added, a convolution has its input and its output."""
-        tiled = width if 1 < entering < width else 0
-        inputs = {entering} if count == 1 else {entering, width}
-        columns = max(unfolded(level, n, width, plan.kernel_size**3) for n in inputs)
-        return voxels[level] * (entering + tiled + width * (min(count, 2) + spare) + columns)
-
-    voxels = [prod(grid) // 8**level for level in range(plan.levels)]
-    held = channels * voxels[0]
-    peak = 2 * held
-    for level, width in enumerate(widths):
-        entering = channels if level == 0 else width
-        peak = max(peak, held + stage(level, entering, width, plan.convolutions[level]))
-        if level < bottom:
-            held += width * voxels[level]
-            half = 2 * width * (1 + spare) + unfolded(level, width, 2 * width, 8)
-            peak = max(peak, held + voxels[level + 1] * half)
-    for level in reversed(range(bottom)):
-        width = widths[level]
-        below = (2 if level == bottom - 1 else 4) * width
-        columns = 2 * width if unfolded(level + 1, below, width, 8) else 0
-        peak = max(peak, held + voxels[level + 1] * below + voxels[level] * (width * (1 + spare) + columns))
-        peak = max(peak, held + voxels[level] * 3 * width)
-        held -= voxels[level] * width
-        peak = max(peak, held + stage(level, 2 * width, 2 * width, plan.convolutions[level]))
-    return max(peak, held + voxels[0] * (2 * plan.width + classes + unfolded(0, 2 * plan.width, classes, 1)))
-
-
 def choose_tile(plan: Plan, shape: Shape, bytes_per_value: int) -> Shape | None:
     """The largest tile (z, y, x) whose pass fits ``plan.inference.memory_limit_gib``; None where all of ``shape`` does.
 
@@ -128,7 +67,7 @@ def choose_tile(plan: Plan, shape: Shape, bytes_per_value: int) -> Shape | None:
     channels, divisor = len(plan.channels), plan.network.divisor
 
     def peak(tile: Shape) -> int:
-        return predicted_peak_bytes(plan.network, channels, plan.classes, tile, bytes_per_value)
+        return predicted_peak_bytes(plan.network, channels, plan.outputs, tile, bytes_per_value)
 
     def cube(edge: int) -> Shape:
         z, y, x = (min(edge, n) for n in shape)
@@ -139,7 +78,7 @@ def choose_tile(plan: Plan, shape: Shape, bytes_per_value: int) -> Shape | None:
     needed = 0
     for edge in range(max(2 * divisor, max(padded(shape, divisor)) - divisor), divisor, -divisor):
         tile = cube(edge)
-        band_bytes = (2 * plan.classes + 1) * tile[0] * shape[1] * shape[2] * 4
+        band_bytes = (2 * plan.outputs + 1) * tile[0] * shape[1] * shape[2] * 4
         needed = peak(tile) + band_bytes
         if needed <= limit:
             return tile
@@ -147,7 +86,7 @@ def choose_tile(plan: Plan, shape: Shape, bytes_per_value: int) -> Shape | None:
         "memory.tile",
         f"a volume of {shape} voxels in tiles of {cube(2 * divisor)}, the smallest, needs {needed / GIB:.2f} GiB; "
         f"inference.memory_limit_gib is {plan.inference.memory_limit_gib:g}; raise it to that, or use a network with "
-        f"fewer levels, channels or classes",
+        f"fewer levels, channels or outputs",
     )
 
 
@@ -167,7 +106,7 @@ def predict_logits(network: nn.Module, image_CZYX: Tensor, plan: Plan) -> Tensor
     bands = logit_bands(network, image_CZYX, plan)
     logits = next(bands)
     if logits.shape[1:] != image_CZYX.shape[1:]:
-        first, logits = logits, torch.empty((plan.classes, *image_CZYX.shape[1:]))
+        first, logits = logits, torch.empty((plan.outputs, *image_CZYX.shape[1:]))
         done = 0
         for band in chain([first], bands):
             logits[:, done : done + band.shape[1]] = band
@@ -204,15 +143,15 @@ def logit_bands(network: nn.Module, image_CZYX: Tensor, plan: Plan) -> Iterator[
     if len(regions) == 1:
         yield _pass(network, image_CZYX)
     else:
-        yield from _blended(network, image_CZYX, regions, plan.classes)
+        yield from _blended(network, image_CZYX, regions, plan.outputs)
 
 
-def _blended(network: nn.Module, image_CZYX: Tensor, regions: list[Region], classes: int) -> Iterator[Tensor]:
+def _blended(network: nn.Module, image_CZYX: Tensor, regions: list[Region], outputs: int) -> Iterator[Tensor]:
     """Bands of the weighted mean over regions of one shape; see :func:`logit_bands`."""
     _, _, height, width = image_CZYX.shape
     tile = regions[0].shape
     weights = torch.from_numpy(gaussian_weights(tile))
-    sums = torch.zeros((classes, tile[0], height, width))
+    sums = torch.zeros((outputs, tile[0], height, width))
     totals = torch.zeros((tile[0], height, width))
     top = 0
     for start, layer in groupby(regions, key=lambda region: region.start[0]):

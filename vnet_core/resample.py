@@ -1,4 +1,4 @@
-"""Separable linear interpolation between grids that share their axes.
+"""Separable interpolation between grids that share their axes.
 
 Because preprocessing only swaps, reverses, crops and rescales axes, the way back from the network's grid to the scan's
 is one linear function per axis. Everything here works axis by axis and slab by slab, so memory stays bounded by the
@@ -7,9 +7,12 @@ result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
+from vnet_core.decide import Decision
 from vnet_core.geometry import Geometry
 
 Coordinates = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -17,6 +20,9 @@ Coordinates = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 SLAB_VALUES = 1 << 25
 """Float values held at once while probabilities are interpolated onto a scan's grid (128 MiB)."""
+
+LARGEST_LINEAR_STEP = 1.5
+"""Target voxels up to this many source voxels apart are interpolated; larger ones are means."""
 
 
 def coordinates(source: Geometry, target: Geometry) -> Coordinates:
@@ -63,6 +69,51 @@ def _linear_axis(values: torch.Tensor, at: np.ndarray, axis: int) -> torch.Tenso
     return torch.lerp(low, high, weight)
 
 
+def nearest(at: Coordinates, axis: int) -> Coordinates:
+    """The same coordinates with those of ``axis`` at the nearest whole index; halves go up."""
+    z, y, x = (np.floor(c + 0.5) if a == axis else c for a, c in enumerate(at))
+    return z, y, x
+
+
+def averaged(values: torch.Tensor, at: Coordinates, step: Sequence[float]) -> torch.Tensor:
+    """Values (..., Z, Y, X), float, as :func:`linear`, but where voxels become larger the mean of what they cover.
+
+    ``step`` is the distance of target voxels along (z, y, x) in source voxels. Along an axis where it is above
+    ``LARGEST_LINEAR_STEP`` a target voxel is the mean of the source under it, so that what lies between two centres
+    is not skipped (aliasing); beyond the edge the mean is taken over what is inside.
+    """
+    z, y, x = at
+    for axis in range(3):
+        if step[axis] > LARGEST_LINEAR_STEP:
+            values = _mean_axis(values, at[axis], step[axis], axis - 3)
+            z, y, x = (np.arange(len(c), dtype=float) if a == axis else c for a, c in enumerate((z, y, x)))
+    return linear(values, (z, y, x))
+
+
+def _mean_axis(values: torch.Tensor, at: np.ndarray, step: float, axis: int) -> torch.Tensor:
+    n = values.shape[axis]
+    lower, upper = np.clip([at - step / 2, at + step / 2], -0.5, n - 0.5)
+    first = np.floor(lower + 0.5).astype(np.int64)
+    shape = [1] * values.ndim
+    shape[axis] = len(at)
+    result: torch.Tensor | None = None
+    for offset in range(int(np.ceil(step)) + 1):
+        index = first + offset
+        covered = np.clip(np.minimum(upper, index + 0.5) - np.maximum(lower, index - 0.5), 0, None)
+        weight = torch.from_numpy((covered / np.maximum(upper - lower, 1e-9)).astype(np.float32)).reshape(shape)
+        part = values.index_select(axis, torch.from_numpy(np.minimum(index, n - 1)).to(values.device))
+        weight = weight.to(values.device)
+        result = part * weight if result is None else result.addcmul_(part, weight)
+    assert result is not None
+    return result
+
+
+def nearest_labels(values: np.ndarray, at: Coordinates) -> np.ndarray:
+    """Label map (Z, Y, X) of integers at ``at``: the label of the nearest voxel; halves go up. Same dtype."""
+    z, y, x = (np.clip(np.floor(c + 0.5), 0, n - 1).astype(np.int64) for c, n in zip(at, values.shape, strict=True))
+    return np.ascontiguousarray(values[np.ix_(z, y, x)])
+
+
 def labels(values: np.ndarray, at: Coordinates) -> np.ndarray:
     """Label map (Z, Y, X) of integers at ``at``: the label whose indicator, interpolated linearly, is largest.
 
@@ -80,14 +131,14 @@ def labels(values: np.ndarray, at: Coordinates) -> np.ndarray:
     return result
 
 
-def argmax_labels(logits: torch.Tensor, at: Coordinates) -> np.ndarray:
+def decided(logits: torch.Tensor, at: Coordinates, decide: Decision) -> np.ndarray:
     """Classes (Z, Y, X), uint8 or uint16, of network outputs (K, Z, Y, X) at ``at``.
 
     Probabilities, not classes, are interpolated. A voxel centre that lies outside the network's grid is background.
     Only a slab of probabilities exists at a time, at most ``SLAB_VALUES`` values.
     """
-    classes, *grid = logits.shape
-    dtype = np.uint8 if classes <= 256 else np.uint16
+    outputs, *grid = logits.shape
+    dtype = np.uint8 if decide.classes <= 256 else np.uint16
     inside = [(c >= -0.5 - 1e-6) & (c <= n - 0.5 + 1e-6) for c, n in zip(at, grid, strict=True)]
     shape = tuple(len(c) for c in at)
     result = np.zeros(shape, dtype)
@@ -96,12 +147,12 @@ def argmax_labels(logits: torch.Tensor, at: Coordinates) -> np.ndarray:
         return result
     z, y, x = (slice(r[0], r[-1] + 1) for r in rows)
     rows_per_row = max(1.0, float(np.diff(at[0]).max(initial=0)))
-    step = max(1, int(SLAB_VALUES / (classes * max(shape[1] * shape[2], grid[1] * grid[2]) * rows_per_row)))
+    step = max(1, int(SLAB_VALUES / (outputs * max(shape[1] * shape[2], grid[1] * grid[2]) * rows_per_row)))
     for start in range(z.start, z.stop, step):
         slab = slice(start, min(start + step, z.stop))
         wanted = np.clip(at[0][slab], 0, grid[0] - 1)
         first, last = int(np.floor(wanted[0])), int(np.ceil(wanted[-1]))
-        probability = torch.softmax(logits[:, first : last + 1].float(), dim=0)
+        probability = decide.probability(logits[:, first : last + 1].float())
         probability = linear(probability, (wanted - first, at[1][y], at[2][x]))
-        result[slab, y, x] = probability.argmax(dim=0).numpy().astype(dtype)
+        result[slab, y, x] = decide.choose(probability).numpy().astype(dtype)
     return result

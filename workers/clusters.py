@@ -20,6 +20,8 @@ CONNECT_TIMEOUT_S = 20.0
 """How long an address may take to answer."""
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """What an HTTP/2 client, such as gRPC, says first: the preface and an empty SETTINGS frame (RFC 9113, 3.4)."""
+GPU_MEMORY_GIB = 16.0
+"""Taken for a GPU that cannot be asked."""
 ENCRYPTED = ("tls", "wss")
 """Schemes whose servers are silent until they are greeted in their own way."""
 
@@ -27,6 +29,15 @@ ENCRYPTED = ("tls", "wss")
 def processors() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpu_memory_gib() -> float:
+    """Memory of this machine's smallest GPU; of one on another machine, where this one has none, a cautious guess."""
+    import torch
+
+    devices = range(torch.cuda.device_count())
+    found = [torch.cuda.get_device_properties(device).total_memory / 2**30 for device in devices]
+    return min(found, default=GPU_MEMORY_GIB)
 
 
 @contextmanager

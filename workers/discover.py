@@ -1,4 +1,8 @@
-"""Which cases a source holds: a manifest, one scan, a folder of images and labels, or any tree of scans and DICOM."""
+"""Which cases a source holds: a manifest, one scan, a folder of images and labels, or any tree of scans and DICOM.
+
+In a tree, ``<case>_segmentation`` or ``<case>_seg`` beside ``<case>`` is its label (PROMISE12, BraTS), and so is the
+file of the scan's name in a folder ``seg-lungs-LUNA16`` at the top.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import itertools
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +24,12 @@ from workers.scans import case_stem, dicom_series, is_scan
 
 IMAGE_LABEL_FOLDERS = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"), ("images", "labels"))
 """Folder pairs of the Medical Segmentation Decathlon and nnU-Net, and the plain one."""
+
+LABEL_ENDINGS = ("_segmentation", "_seg")
+"""What the name of a label adds to that of its case, where both lie in one folder."""
+
+LABEL_FOLDER = "seg-lungs-LUNA16"
+"""A folder of labels with the names of scans that lie in other folders beside it."""
 
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 
@@ -49,9 +59,13 @@ class Discovery:
     """Files that are no scan."""
 
 
-def discover(sources: Iterable[str]) -> Discovery:
-    """Look through all sources. ConfigError ``source.missing`` when one is not there."""
+def discover(sources: Iterable[str], channels: Sequence[str] = ()) -> Discovery:
+    """Look through all sources. ConfigError ``source.missing`` when one is not there.
+
+    ``channels``, two or more, are the endings of file names that make one case: ``<case>_t1`` and ``<case>_t2``.
+    """
     result = Discovery()
+    endings = tuple(f"_{channel}" for channel in channels) if len(channels) > 1 else ()
     for source in sources:
         path = Path(source)
         if not path.exists():
@@ -61,7 +75,7 @@ def discover(sources: Iterable[str]) -> Discovery:
         elif path.is_file():
             result.cases.append(Found(safe_id(case_stem(path)), (str(path),)))
         else:
-            _folder(path, result)
+            _folder(path, result, endings)
     result.cases = _checked(result.cases)
     return result
 
@@ -125,14 +139,14 @@ def _beside(manifest: Path, source: str) -> str:
     return str((manifest.parent / source).resolve())
 
 
-def _folder(folder: Path, result: Discovery) -> None:
+def _folder(folder: Path, result: Discovery, endings: Sequence[str]) -> None:
     if (folder / "dataset.json").is_file():
         _dataset_json(folder / "dataset.json", result)
     pairs = [(folder / i, folder / t) for i, t in IMAGE_LABEL_FOLDERS if (folder / i).is_dir()]
     if not pairs:
-        _tree(folder, result)
+        _tree(folder, result, endings)
     for images, labels in pairs:
-        _images_and_labels(images, labels, result)
+        _images_and_labels(images, labels, result, endings)
 
 
 def _dataset_json(path: Path, result: Discovery) -> None:
@@ -155,9 +169,9 @@ def _dataset_json(path: Path, result: Discovery) -> None:
     result.labels = tuple(sorted(labels, key=lambda label: label.value))
 
 
-def _images_and_labels(images: Path, labels: Path, result: Discovery) -> None:
+def _images_and_labels(images: Path, labels: Path, result: Discovery, endings: Sequence[str]) -> None:
     truth = {case_stem(path): path for path in _scans_in(labels, result)} if labels.is_dir() else {}
-    for name, channels in _by_case(_scans_in(images, result)).items():
+    for name, channels in _by_case(_scans_in(images, result), endings).items():
         label = truth.pop(name, None)
         result.cases.append(Found(safe_id(name), channels, str(label) if label else None))
     for name, path in truth.items():
@@ -172,30 +186,56 @@ def _scans_in(folder: Path, result: Discovery) -> list[Path]:
     return scans
 
 
-def _by_case(paths: Iterable[Path]) -> dict[str, tuple[str, ...]]:
-    """Files grouped by case: ``name_0000`` and ``name_0001`` are two channels of ``name``."""
-    groups: dict[str, list[str]] = defaultdict(list)
+def _by_case(paths: Iterable[Path], endings: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Files grouped by case, in the order of the channels.
+
+    ``name_0000`` and ``name_0001`` are two channels of ``name``, and so are two names that differ in their ``endings``.
+    """
+    groups: dict[str, list[tuple[int, str]]] = defaultdict(list)
     stems = {path: case_stem(path) for path in paths}
     known = set(stems.values())
     for path, stem in stems.items():
+        name, number = stem, 0
         match = _CHANNEL.fullmatch(stem)
-        groups[match[1] if match and f"{match[1]}_0000" in known else stem].append(str(path))
-    return {name: tuple(sorted(files)) for name, files in groups.items()}
+        if match and f"{match[1]}_0000" in known:
+            name, number = match[1], int(match[2])
+        for place, ending in enumerate(endings):
+            if stem.endswith(ending) and stem != ending:
+                name, number = stem.removesuffix(ending), place
+        groups[name].append((number, str(path)))
+    return {name: tuple(path for _, path in sorted(files)) for name, files in groups.items()}
 
 
-def _tree(folder: Path, result: Discovery) -> None:
-    """Any folder: every scan file is a case, every DICOM series is a case."""
+def _tree(folder: Path, result: Discovery, endings: Sequence[str]) -> None:
+    """Any folder: every scan file but labels is a case, every DICOM series is a case."""
     below = (p for p in folder.rglob("*") if p.is_dir() and not p.relative_to(folder).as_posix().startswith("."))
-    for directory in [folder, *sorted(p for p in below if "/." not in p.relative_to(folder).as_posix())]:
+    shown = [folder, *sorted(p for p in below if "/." not in p.relative_to(folder).as_posix())]
+    apart = {}
+    if (folder / LABEL_FOLDER).is_dir():
+        shown.remove(folder / LABEL_FOLDER)
+        apart = {case_stem(path): path for path in _scans_in(folder / LABEL_FOLDER, result)}
+    for directory in shown:
         files = [p for p in sorted(directory.iterdir()) if p.is_file() and not p.name.startswith(".")]
         scans = [p for p in files if is_scan(p)]
         prefix = "-".join(directory.relative_to(folder).parts)
-        for name, channels in _by_case(scans).items():
-            result.cases.append(Found(safe_id(f"{prefix}-{name}" if prefix else name), channels))
+        groups = _by_case(scans, endings)
+        beside = {name: next((e for e in LABEL_ENDINGS if name + e in groups), None) for name in groups}
+        labels = {name + ending for name, ending in beside.items() if ending}
+        for name, channels in groups.items():
+            if name in labels:
+                continue
+            label = None
+            if ending := beside[name]:
+                label = groups[name + ending][0]
+            elif name in apart:
+                label = str(apart.pop(name))
+            result.cases.append(Found(safe_id(f"{prefix}-{name}" if prefix else name), channels, label))
         others = [p for p in files if not is_scan(p)]
         slices = [p for p in others if _looks_like_dicom(p)]
         result.cases += _series(directory, prefix or directory.name) if slices else []
         result.ignored += len(others) - len(slices)
+    # the scans of these were not fetched
+    result.ignored += len(apart)
 
 
 def _series(directory: Path, name: str) -> list[Found]:

@@ -57,7 +57,7 @@ def ingest(
     """
     check_name(name, "cohort")
     names = names or Names()
-    found = discover(sources)
+    found = discover(sources, names.channels)
     if not found.cases:
         raise ConfigError("cohort.empty", f"no scan was found in {', '.join(sources)} ({found.ignored} other files)")
     before = {n.removesuffix(".json") for n in root.names(f"cohorts/{name}/cases")}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
-import torch
 
 from vnet_core.errors import ConfigError, StorageError
 from vnet_core.networks.vnet import VNet, build_vnet
@@ -15,7 +15,14 @@ from vnet_core.plan import Plan, digest_of
 from workers.cohort import check_name
 from workers.store import Root
 
-WEIGHTS = "weights.safetensors"
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a bundle is to be."""
+
+    name: str
+    version: str
+    plan: Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,25 +49,31 @@ class Model:
 
 
 def publish(
-    root: Root, name: str, version: str, plan: Plan, state: dict[str, torch.Tensor], extra: dict[str, Any]
+    root: Root, target: Target, weights: Sequence[bytes], facts: dict[str, Any], files: dict[str, bytes]
 ) -> Model:
-    """Write a bundle and its receipt. ``extra`` holds ``facts`` for model.json and ``files`` (name to bytes)."""
-    prefix = f"models/{name}/{version}"
-    root.put(f"{prefix}/{WEIGHTS}", safetensors.torch.save({k: v.contiguous().cpu() for k, v in state.items()}))
-    facts = {
-        "name": name,
-        "version": version,
+    """Write a bundle and its receipt.
+
+    ``weights``: one safetensors file per network; a model of several segments with the mean of their outputs.
+    ``facts`` goes into model.json, ``files`` beside it, by name.
+    """
+    prefix = f"models/{target.name}/{target.version}"
+    names = ["weights.safetensors"] if len(weights) == 1 else [f"weights-{n}.safetensors" for n in range(len(weights))]
+    for name, content in [*zip(names, weights, strict=True), *files.items()]:
+        root.put(f"{prefix}/{name}", content)
+    plan = target.plan
+    described = {
+        "name": target.name,
+        "version": target.version,
         "channels": list(plan.channels),
         "labels": [label.model_dump() for label in plan.labels],
         "plan": plan.model_dump(mode="json"),
         "plan_digest": plan.digest,
-        **extra["facts"],
+        "weights": names,
+        **facts,
     }
-    root.put_json(f"{prefix}/model.json", facts)
-    for file, content in extra["files"].items():
-        root.put(f"{prefix}/{file}", content)
+    root.put_json(f"{prefix}/model.json", described)
     root.seal(prefix, {"stage": "train", "plan_digest": plan.digest})
-    return load_model(root, f"{name}@{version}")
+    return load_model(root, f"{target.name}@{target.version}")
 
 
 def load_model(root: Root, reference: str) -> Model:
@@ -88,7 +101,8 @@ def load_model(root: Root, reference: str) -> Model:
     receipt = root.receipt(prefix)
     assert receipt is not None
     plan = Plan.from_mapping(facts["plan"])
-    return Model(name, version, plan, digest_of([receipt["files"][WEIGHTS], plan.digest]), facts)
+    digests = [receipt["files"][file] for file in facts["weights"]]
+    return Model(name, version, plan, digest_of([*digests, plan.digest]), facts)
 
 
 def versions(root: Root, name: str) -> list[str]:
@@ -108,8 +122,11 @@ def _number(version: str) -> int:
     return int(match[1]) if match else 0
 
 
-def load_network(root: Root, model: Model) -> VNet:
-    """The model's network with its weights, on the CPU in float32."""
-    network = build_vnet(model.plan.network, len(model.plan.channels), model.plan.classes)
-    network.load_state_dict(safetensors.torch.load(root.get(f"{model.prefix}/{WEIGHTS}")))
-    return network.eval()
+def load_networks(root: Root, model: Model) -> list[VNet]:
+    """The model's networks with their weights, on the CPU in float32."""
+    networks = []
+    for file in model.facts["weights"]:
+        network = build_vnet(model.plan.network, len(model.plan.channels), model.plan.outputs)
+        network.load_state_dict(safetensors.torch.load(root.get(f"{model.prefix}/{file}")))
+        networks.append(network.eval())
+    return networks

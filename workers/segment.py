@@ -15,7 +15,7 @@ from workers.clusters import Engines
 from workers.cohort import Case, result_key, volume_geometry, volume_key
 from workers.ledger import Outcome, State, settle
 from workers.masks import Mask, MaskFormat, label_values, mask_file, publish_mask
-from workers.models import Model, load_model, load_network
+from workers.models import Model, load_model, load_networks
 from workers.store import Root
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ class Segmenter:
         if self.device.type == "cpu":
             torch.set_num_threads(cpus)
         self.precision = precision(self.model.plan.inference, self.device)
-        self.network: nn.Module = prepare(load_network(self.root, self.model), self.device, self.precision)
+        self.networks: list[nn.Module] = [
+            prepare(network, self.device, self.precision) for network in load_networks(self.root, self.model)
+        ]
         self._computing = threading.Lock()
 
     def segment(self, job: Job) -> Outcome:
@@ -63,8 +65,9 @@ class Segmenter:
     def _segment(self, job: Job) -> tuple[State, str, tuple[str, ...]]:
         import torch
 
-        from vnet_core.inference import predict_logits
-        from vnet_core.postprocess import largest_components
+        from vnet_core.decide import decision
+        from vnet_core.ensemble import predict_mean
+        from vnet_core.postprocess import clean
         from vnet_core.preprocess import restore
 
         plan, case = self.model.plan, job.case
@@ -76,9 +79,9 @@ class Segmenter:
         image = torch.from_numpy(read_array(self.root, volume, "image"))
         with self._computing:
             self._check_memory(tuple(image.shape[1:]))
-            logits = predict_logits(self.network, image.to(self.device), plan)
-            classes = restore(logits.cpu(), volume_geometry(self.root, volume), case.geometry)
-        values = largest_components(label_values(classes, plan.labels), plan.inference.largest_component)
+            logits = predict_mean(self.networks, image.to(self.device), plan)
+            classes = restore(logits.cpu(), volume_geometry(self.root, volume), case.geometry, decision(plan))
+        values = clean(label_values(classes, plan.labels), case.geometry.voxel_ml, plan.inference.cleaning)
         provenance = {
             "cohort": job.cohort,
             "model": self.model.reference,
@@ -98,7 +101,7 @@ class Segmenter:
             return
         plan = self.model.plan
         predicted = predicted_peak_bytes(
-            plan.network, len(plan.channels), plan.classes, computed_shape(plan, shape), self.precision.itemsize
+            plan.network, len(plan.channels), plan.outputs, computed_shape(plan, shape), self.precision.itemsize
         )
         needed = min(predicted, int(plan.inference.memory_limit_gib * 2**30))
         free = psutil.virtual_memory().available

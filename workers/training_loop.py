@@ -1,108 +1,162 @@
-"""What one Ray Train worker does: load its volumes, step, validate, keep checkpoints, and publish the bundle.
+"""What one training worker does: load its volumes, step, validate, keep checkpoints, and leave the fitted weights.
 
 Rank 0 decides for all: it alone reads the clock, and sends progress and the decisions of each step to the others.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import math
 import platform
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed
 from torch import nn
 
-from vnet_core.errors import VnetError
+from vnet_core.decide import decision, structures
+from vnet_core.errors import TrainingError, VnetError
+from vnet_core.fitting import StepSettings, WeightAverage, build_optimiser, learning_rate_factor, train_step
 from vnet_core.inference import predict_logits, prepare, processor_precision
-from vnet_core.losses import loss_function
+from vnet_core.losses import build_loss
 from vnet_core.metrics import dice
 from vnet_core.networks.vnet import build_vnet, count_parameters, initialise
-from vnet_core.pictures import curve_picture
 from vnet_core.plan import Plan
-from vnet_core.training import StepSettings, WeightAverage, build_optimiser, learning_rate_factor, train_step
-from workers import models
+from vnet_core.postprocess import score_candidates
+from vnet_core.sections import Cleaning
+from workers.checkpoints import load_checkpoint, save_checkpoint
+from workers.models import load_model, load_networks
 from workers.patches import BatchLoader, Share, TrainingVolume, load_volume
 from workers.store import Root
 from workers.training_run import Budget, Run, TrainingProgress
 
 VALIDATIONS = 10
 """Validations over the whole budget; a checkpoint is written with each."""
+VALIDATION_SHARE = 0.05
+"""Of a budget in minutes, the most that validations may take before the last one."""
 CHECKPOINT_SECONDS = 120.0
 """A checkpoint is written at least this often."""
-CHECKPOINTS_KEPT = 2
 PROGRESS_SECONDS = 1.0
+BAD_STEPS = 10
+"""Steps in a row whose gradient is not finite after which a training ends."""
 
 
 @dataclass(slots=True)
 class State:
-    """What changes from step to step and goes into a checkpoint."""
+    """What changes from step to step, beside tensors, and goes into a checkpoint."""
 
     step: int = 0
     seconds: float = 0.0
     validations: int = 0
+    validation_seconds: float = 0.0
+    bad_steps: int = 0
+    """Steps in a row that were left out because their gradient was not finite."""
+    best_dice: float = -1.0
     losses: list[list[float]] = field(default_factory=list)
     """[minutes, mean loss since the last entry], one entry per second at most."""
     dice: list[list[float]] = field(default_factory=list)
-    """[minutes, Dice per label ...], one entry per validation."""
+    """[minutes, Dice per structure ...], one entry per validation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A worker's place among those that fit one network together."""
+
+    share: Share
+    device: torch.device
+    wrap: Callable[[nn.Module], nn.Module]
+    """Makes the workers' gradients one."""
+
+
+ALONE = Share(0, 1)
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """The function that Ray Train runs on every worker; ``config`` is a Run as a mapping."""
-    run = Run(**config)
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    seat = Seat(
+        Share(context.get_world_rank(), context.get_world_size()),
+        ray.train.torch.get_device(),
+        lambda network: ray.train.torch.prepare_model(network, move_to_device=False),
+    )
+    fit(Run(**config), seat)
+
+
+def fit_alone(config: dict[str, Any]) -> None:
+    """Fit one network in this process; ``config`` is a Run as a mapping."""
+    fit(Run(**config), Seat(ALONE, torch.device("cuda" if torch.cuda.is_available() else "cpu"), lambda n: n))
+
+
+def fit(run: Run, seat: Seat) -> None:
+    """Fit the run's network to the end of its budget, from its last checkpoint where there is one.
+
+    A named error is also left in the root as ``error.json``, for the process that waits.
+    """
     root = Root(run.root_url)
     try:
-        _Worker(root, run).fit()
+        Worker(root, run, seat).fit()
     except VnetError as error:
         message = {"class": type(error).__name__, "code": error.code, "message": error.message}
         root.put_json(f"{run.prefix}/error.json", message)
         raise
 
 
-class _Worker:
-    def __init__(self, root: Root, run: Run) -> None:
-        import ray.train
-        import ray.train.torch
+class Worker:
+    """One worker of a run."""
 
-        context = ray.train.get_context()
-        self.root, self.run = root, run
+    def __init__(self, root: Root, run: Run, seat: Seat) -> None:
+        self.root, self.run, self.seat = root, run, seat
         self.plan = Plan.from_mapping(run.plan)
         self.budget = Budget(**run.budget)
-        self.share = Share(context.get_world_rank(), context.get_world_size())
-        self.device = ray.train.torch.get_device()
-        if self.device.type == "cpu":
+        self.structures = structures(self.plan)
+        if seat.device.type == "cpu":
             torch.set_num_threads(run.cpus_per_worker)
-        self.precision = processor_precision(self.device)
+        self.precision = _precision(self.plan, seat.device)
         self.state = State()
-        network = build_vnet(self.plan.network, len(self.plan.channels), self.plan.classes)
+        network = build_vnet(self.plan.network, len(self.plan.channels), self.plan.outputs)
         initialise(network, self.plan.training.seed)
-        self.network = network.to(self.device)
+        if run.start:
+            start_from(network, root, run.start)
+        self.network = network.to(seat.device)
         self.optimiser = build_optimiser(self.network, self.plan.training)
         self.average = WeightAverage(self.network, self.plan.training.average_decay)
+        self.best: dict[str, torch.Tensor] = {}
         self._load_checkpoint()
-        self.stepper: nn.Module = ray.train.torch.prepare_model(self.network, move_to_device=False)
+        self.stepper = seat.wrap(self.network)
+        self.case_dice: dict[str, list[float | None]] = {}
 
     @property
     def leads(self) -> bool:
-        return self.share.rank == 0
+        """Whether this worker decides and writes for all."""
+        return self.seat.share.rank == 0
 
     def fit(self) -> None:
+        """Step until the budget is used, then leave the fitted weights."""
+        training = self.plan.training
         volumes = [load_volume(self.root, key, self.plan) for _, key in sorted(self.run.training.items())]
-        held = sorted(self.run.validation.items())[self.share.rank :: self.share.world]
-        validation = [load_volume(self.root, key, self.plan) for _, key in held]
+        validation = {
+            case: load_volume(self.root, key, self.plan) for case, key in self._own(sorted(self.run.validation.items()))
+        }
         settings = StepSettings(
-            loss_function(self.plan.training.loss), self.precision, self.plan.training.gradient_clip
+            build_loss(self.plan, self.run.class_voxels), self.precision, self.plan.training.gradient_clip
         )
-        loader = BatchLoader(volumes, self.plan, self.share, self.state.step)
-        clock = _Clock(self.state.seconds)
+        loader = BatchLoader(
+            volumes, self.plan, self.seat.share, self.state.step * training.accumulate, self.seat.device
+        )
+        clock = Clock(self.state.seconds)
         recent: list[float] = []
         noted = checkpointed = self.state.seconds
         try:
-            for images, classes in loader:
+            batches = iter(loader)
+            while True:
                 progress, validate, save = self._decide(clock.seconds, checkpointed)
                 if validate:
                     self._validate(validation, clock)
@@ -111,57 +165,113 @@ class _Worker:
                     checkpointed = clock.seconds
                 if progress >= 1:
                     break
-                rate = self.plan.training.learning_rate * learning_rate_factor(self.plan.training, progress)
+                rate = training.learning_rate * learning_rate_factor(training, progress)
                 for group in self.optimiser.param_groups:
                     group["lr"] = rate
-                loss = train_step(
-                    self.stepper, self.optimiser, images.to(self.device), classes.to(self.device), settings
-                )
+                self.network.reseed(_seed(training.seed, self.state.step, self.seat.share.rank))
+                batch = list(islice(batches, training.accumulate))
+                loss = train_step(self.stepper, self.optimiser, batch, progress, settings)
                 self.state.step += 1
-                self.average.update(self.network, self.state.step)
-                recent.append(loss)
-                if self.leads and clock.seconds - noted >= PROGRESS_SECONDS:
+                if self._survives(loss, clock.seconds):
+                    recent.append(loss)
+                if self.leads and recent and clock.seconds - noted >= PROGRESS_SECONDS:
                     self._note(clock.seconds, clock.seconds - noted, recent)
                     noted, recent = clock.seconds, []
         finally:
             loader.close()
+        scores = self._cleaning_scores(validation)
         if self.leads:
-            self._publish(clock.seconds)
+            self._leave(clock.seconds, loader.waited_seconds, scores)
+
+    def _own(self, items: Sequence[Any]) -> Sequence[Any]:
+        return items[self.seat.share.rank :: self.seat.share.world]
+
+    def _survives(self, loss: float, seconds: float) -> bool:
+        """Take in a step; of one that was not finite only the count stays. Too many in a row end the training."""
+        if math.isfinite(loss):
+            self.state.bad_steps = 0
+            self.average.update(self.network, self.state.step)
+            return True
+        self.state.bad_steps += 1
+        self.average.restore_statistics(self.network)
+        if self.state.bad_steps >= BAD_STEPS:
+            self.state.bad_steps = 0
+            self._save_checkpoint(seconds)
+            raise TrainingError(
+                "train.diverged",
+                f"the gradients of {BAD_STEPS} steps in a row, up to step {self.state.step}, are not finite; the last"
+                " good weights are in its newest checkpoint. Lower training.learning_rate or training.gradient_clip and"
+                " train again",
+            )
+        return False
 
     def _decide(self, seconds: float, checkpointed: float) -> tuple[float, bool, bool]:
         """Progress, whether to validate and whether to write a checkpoint before the next step; the same on all."""
         progress = self.budget.progress(self.state.step, seconds)
-        due = progress >= 1 or progress * VALIDATIONS >= self.state.validations + 1
+        due = progress * VALIDATIONS >= self.state.validations + 1
+        if due and self.budget.minutes and self.state.validations:
+            # a short budget is for steps: later validations wait until their share of the time is large enough
+            spent = self.state.validation_seconds * (1 + 1 / self.state.validations)
+            due = spent <= VALIDATION_SHARE * seconds
+        due = due or progress >= 1
         save = due or seconds - checkpointed >= CHECKPOINT_SECONDS
-        decision = torch.tensor([progress, float(due), float(save)], dtype=torch.float64, device=self.device)
-        if self.share.world > 1:
+        decision = torch.tensor([progress, float(due), float(save)], dtype=torch.float64, device=self.seat.device)
+        if self.seat.share.world > 1:
             torch.distributed.broadcast(decision, 0)
         progress, validate, write = decision.tolist()
         return progress, bool(validate), bool(write)
 
-    def _validate(self, volumes: list[TrainingVolume], clock: _Clock) -> None:
-        """Mean Dice per label of the averaged weights, over whole volumes, shared out over the workers."""
+    def _validate(self, volumes: dict[str, TrainingVolume], clock: Clock) -> None:
+        """Dice per case and structure of the averaged weights, over whole volumes, shared out over the workers."""
+        started = time.monotonic()
+        cases = sorted(self.run.validation)
+        table = torch.zeros((2, len(cases), len(self.structures)), dtype=torch.float64)
+        for case, classes in self._predicted(volumes):
+            for column, structure in enumerate(self.structures):
+                score = dice(structure.mask(classes), structure.mask(volumes[case].classes))
+                if not math.isnan(score):  # a structure absent from both has no Dice
+                    table[:, cases.index(case), column] = torch.tensor([score, 1.0], dtype=torch.float64)
+        if self.seat.share.world > 1:
+            table = table.to(self.seat.device)
+            torch.distributed.all_reduce(table)
+            table = table.cpu()
+        scores, counts = table.sum(1)
+        self.case_dice = {
+            case: [score if known else None for score, known in zip(*row, strict=True)]
+            for case, row in zip(cases, table.transpose(0, 1).tolist(), strict=True)
+        }
+        if cases and bool((counts > 0).all()):
+            means = (scores / counts).tolist()
+            self.state.dice.append([clock.seconds / 60, *means])
+            if sum(means) / len(means) > self.state.best_dice:
+                self.state.best_dice = sum(means) / len(means)
+                self.best = {name: value.clone() for name, value in self.average.state.items()}
         self.state.validations += 1
-        network = self._averaged_network()
-        labels = len(self.plan.labels)
-        sums = torch.zeros(2, labels, dtype=torch.float64)
-        for volume in volumes:
-            image = torch.from_numpy(volume.image).to(self.device)
-            predicted = predict_logits(network, image, self.plan).argmax(0).cpu().numpy()
-            for index in range(labels):
-                score = dice(predicted == index + 1, volume.classes == index + 1)
-                if score == score:  # a label absent from both has no Dice
-                    sums[:, index] += torch.tensor([score, 1.0], dtype=torch.float64)
-        if self.share.world > 1:
-            sums = sums.to(self.device)
-            torch.distributed.all_reduce(sums)
-        if self.leads and bool((sums[1] > 0).all()):
-            self.state.dice.append([clock.seconds / 60, *(sums[0] / sums[1]).tolist()])
+        self.state.validation_seconds += time.monotonic() - started
 
-    def _averaged_network(self) -> nn.Module:
-        network = build_vnet(self.plan.network, len(self.plan.channels), self.plan.classes)
-        network.load_state_dict(self.average.state)
-        return prepare(network, self.device, self.precision)
+    def _predicted(self, volumes: dict[str, TrainingVolume]) -> Iterator[tuple[str, np.ndarray]]:
+        """Classes (Z, Y, X) of each volume by the averaged weights."""
+        averaged = build_vnet(self.plan.network, len(self.plan.channels), self.plan.outputs)
+        averaged.load_state_dict(self.average.state)
+        network = prepare(averaged, self.seat.device, self.precision)
+        decide = decision(self.plan)
+        for case, volume in volumes.items():
+            logits = predict_logits(network, torch.from_numpy(volume.image).to(self.seat.device), self.plan)
+            yield case, decide(logits).cpu().numpy().astype(volume.classes.dtype)
+
+    def _cleaning_scores(self, volumes: dict[str, TrainingVolume]) -> dict[str, list[Any]]:
+        """Per validation case, what each candidate for cleaning its mask would score; see `Run.candidates`."""
+        candidates = [Cleaning(**mapping) for mapping in self.run.candidates]
+        if not candidates:
+            return {}
+        voxel_ml = math.prod(self.plan.preprocess.spacing_mm) / 1000
+        table = np.array([0, *(label.value for label in self.plan.labels)])
+        scores: dict[str, list[Any]] = {}
+        for case, classes in self._predicted(volumes):
+            known = np.where(volumes[case].classes < len(table), volumes[case].classes, 0)
+            found = score_candidates(table[classes], table[known], voxel_ml, candidates)
+            scores[case] = [found[candidate] for candidate in candidates]
+        return scores
 
     def _note(self, seconds: float, span: float, recent: list[float]) -> None:
         mean = sum(recent) / len(recent)
@@ -183,79 +293,80 @@ class _Worker:
         )
 
     def _save_checkpoint(self, seconds: float) -> None:
-        """Everything that the next step depends on; whole or not at all, the last ones are kept."""
+        """Everything that the next step depends on, and the best weights so far."""
         if not self.leads:
             return
         self.state.seconds = seconds
-        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.state.items()}
-        for index, values in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{k}": v for k, v in values.items() if isinstance(v, torch.Tensor)}
-        prefix = f"{self.run.prefix}/checkpoints/{self.state.step:09d}"
-        contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        self.root.put(f"{prefix}/state.safetensors", safetensors.torch.save(contiguous))
-        self.root.put_json(f"{prefix}/state.json", {name: getattr(self.state, name) for name in self.state.__slots__})
-        self.root.seal(prefix, {"stage": "train", "step": self.state.step})
-        for old in self.root.names(f"{self.run.prefix}/checkpoints")[:-CHECKPOINTS_KEPT]:
-            self.root.delete(f"{self.run.prefix}/checkpoints/{old}")
+        parts = {"network": self.network.state_dict(), "average": self.average.state, "best": self.best}
+        facts = {name: getattr(self.state, name) for name in self.state.__slots__}
+        save_checkpoint(self.root, self.run.prefix, parts, self.optimiser, facts)
 
     def _load_checkpoint(self) -> None:
         """Take up the newest whole checkpoint, if there is one."""
-        for name in reversed(self.root.names(f"{self.run.prefix}/checkpoints")):
-            prefix = f"{self.run.prefix}/checkpoints/{name}"
-            if self.root.damaged(prefix):
-                continue
-            tensors = safetensors.torch.load(self.root.get(f"{prefix}/state.safetensors"))
-            parts: dict[str, dict[str, torch.Tensor]] = {"network": {}, "average": {}, "optimiser": {}}
-            for key, value in tensors.items():
-                part, _, rest = key.partition(".")
-                parts[part][rest] = value.to(self.device)
-            self.network.load_state_dict(parts["network"])
-            self.average.state = parts["average"]
-            slots: dict[int, dict[str, torch.Tensor]] = {}
-            for key, value in parts["optimiser"].items():
-                index, _, slot = key.partition(".")
-                slots.setdefault(int(index), {})[slot] = value
-            self.optimiser.load_state_dict(
-                {"state": slots, "param_groups": self.optimiser.state_dict()["param_groups"]}
-            )
-            self.state = State(**self.root.get_json(f"{prefix}/state.json"))
+        found = load_checkpoint(self.root, self.run.prefix, self.optimiser, self.seat.device)
+        if found is None:
             return
+        parts, facts = found
+        self.network.load_state_dict(parts["network"])
+        self.average.state = parts["average"]
+        self.best = parts["best"]
+        self.state = State(**facts)
 
-    def _publish(self, seconds: float) -> None:
-        names = [label.name for label in self.plan.labels]
-        final = self.state.dice[-1][1:] if self.state.dice else []
-        table = io.StringIO()
-        writer = csv.writer(table)
-        writer.writerow(["minutes", *(f"dice_{name}" for name in names)])
-        writer.writerows(self.state.dice)
-        losses = {"loss": [(m, v) for m, v in self.state.losses]}
-        curves = {name: [(row[0], row[i + 1]) for row in self.state.dice] for i, name in enumerate(names)}
+    def _leave(self, seconds: float, waited_seconds: float, scores: dict[str, list[Any]]) -> None:
+        """The weights and figures that a model is made of, sealed."""
+        best = self.plan.training.publish == "best" and self.best
+        weights = {k: v.contiguous().cpu() for k, v in (self.best if best else self.average.state).items()}
+        self.root.put(f"{self.run.fitted}/weights.safetensors", safetensors.torch.save(weights))
         facts = {
-            "metrics": {"validation_dice": dict(zip(names, final, strict=False))},
-            "training": {
-                "steps": self.state.step,
-                "minutes": round(seconds / 60, 3),
-                "workers": self.share.world,
-                "precision": str(self.precision).removeprefix("torch."),
-                "parameters": count_parameters(self.network),
-                "training_cases": sorted(self.run.training),
-                "validation_cases": sorted(self.run.validation),
-                "volumes": sorted([*self.run.training.values(), *self.run.validation.values()]),
-                "torch": torch.__version__,
-                "platform": f"{platform.system()} {platform.machine()}",
-            },
-            "loss": self.state.losses,
+            "dice": self.state.dice,
+            "best_dice": self.state.best_dice if self.state.dice else None,
+            "case_dice": self.case_dice,
+            "cleaning_scores": scores,
+            "losses": self.state.losses,
+            "steps": self.state.step,
+            "minutes": round(seconds / 60, 3),
+            "loader_wait_share": round(waited_seconds / seconds, 4) if seconds else 0.0,
+            "workers": self.seat.share.world,
+            "precision": str(self.precision).removeprefix("torch."),
+            "parameters": count_parameters(self.network),
+            "torch": torch.__version__,
+            "platform": f"{platform.system()} {platform.machine()}",
         }
-        _, name, version = self.run.prefix.split("/")
-        pictures = {"loss.png": curve_picture(losses, "minutes", "loss", f"{name} {version}: training loss")}
-        if final:
-            pictures["dice.png"] = curve_picture(curves, "minutes", "Dice", f"{name} {version}: validation Dice")
-        files = {**pictures, "dice.csv": table.getvalue().encode()}
-        models.publish(self.root, name, version, self.plan, self.average.state, {"facts": facts, "files": files})
+        self.root.put_json(f"{self.run.fitted}/facts.json", facts)
+        self.root.seal(self.run.fitted, {"stage": "train", "step": self.state.step})
 
 
-class _Clock:
+def start_from(network: nn.Module, root: Root, reference: str) -> list[str]:
+    """Give a network the weights of a model; names of those that have another shape there and stay as they are."""
+    weights = load_networks(root, load_model(root, reference))[0].state_dict()
+    own = network.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    if len(fitting) < len(own) / 2:
+        raise TrainingError(
+            "train.start",
+            f"{len(fitting)} of {len(own)} weights of the plan's network fit those of model {reference}; use the"
+            " network section of its plan",
+        )
+    network.load_state_dict({**own, **fitting})
+    return sorted(own.keys() - fitting.keys())
+
+
+def _precision(plan: Plan, device: torch.device) -> torch.dtype:
+    match plan.training.precision:
+        case "auto":
+            return processor_precision(device)
+        case "bfloat16":
+            return torch.bfloat16
+        case "float32":
+            return torch.float32
+
+
+def _seed(*parts: int) -> int:
+    """A seed of its own for every tuple of whole numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Clock:
     """Seconds of training, going on from those of a checkpoint."""
 
     def __init__(self, already: float) -> None:
@@ -263,4 +374,5 @@ class _Clock:
 
     @property
     def seconds(self) -> float:
+        """Seconds so far."""
         return time.monotonic() - self._start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,12 +39,25 @@ class TrainingProgress:
     seconds_per_step: float
     seconds_left: float
     dice: float | None
-    """Mean validation Dice over the labels, last measured."""
+    """Mean validation Dice over the structures, last measured."""
+
+
+def together(parts: Sequence[TrainingProgress], count: int) -> TrainingProgress:
+    """Where ``count`` folds stand together, of which ``parts`` have begun (one at least)."""
+    scores = [part.dice for part in parts if part.dice is not None]
+    return TrainingProgress(
+        step=sum(part.step for part in parts),
+        share=round(sum(part.share for part in parts) / count, 4),
+        loss=round(sum(part.loss for part in parts) / len(parts), 5),
+        seconds_per_step=max(part.seconds_per_step for part in parts),
+        seconds_left=max(part.seconds_left for part in parts),
+        dice=round(sum(scores) / len(scores), 4) if scores else None,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What the training workers need to know; kept in the root as ``run.json``."""
+    """What the workers that fit one network need to know; kept in the root as ``run.json``."""
 
     root_url: str
     prefix: str
@@ -52,9 +66,15 @@ class Run:
     """Volume key by case id."""
     validation: dict[str, str]
     budget: dict[str, Any]
+    class_voxels: list[int]
+    """Voxels of background and of each label over the training cases, on their own grids."""
+    start: str | None = None
+    """Model whose weights are the first ones."""
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+    """Ways to clean masks whose Dice on the validation cases is wanted, as plain Cleaning sections."""
     cpus_per_worker: int = field(default=1, compare=False)
 
     @property
-    def name(self) -> str:
-        """``name@version`` of the model that will come of it."""
-        return "@".join(self.prefix.split("/")[1:])
+    def fitted(self) -> str:
+        """Where its weights and figures lie once it is done."""
+        return f"{self.prefix}/fitted"

@@ -34,7 +34,7 @@ def test_it_runs(tmp_path):
 
 def test_agreement():
     plan = small(1).plan
-    network = build_vnet(plan.network, 1, plan.classes)
+    network = build_vnet(plan.network, 1, plan.outputs)
     image = synthetic_image((8, 16, 16))
     logits = predict_logits(prepare(network, torch.device("cpu"), torch.float32), image, plan)
     right = logits.argmax(0).numpy()

@@ -368,7 +368,7 @@ def weights_of(bundle: Path) -> dict[str, np.ndarray]:
 def initial_weights(facts: dict[str, Any]) -> dict[str, np.ndarray]:
     """What the training of a model began with."""
     plan = Plan.from_mapping(facts["plan"])
-    network = build_vnet(plan.network, len(plan.channels), plan.classes)
+    network = build_vnet(plan.network, len(plan.channels), plan.outputs)
     initialise(network, plan.training.seed)
     return {name: value.numpy() for name, value in network.state_dict().items()}
 

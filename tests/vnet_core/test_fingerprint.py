@@ -1,4 +1,4 @@
-"""Fingerprints add up, and the plans that come of them by pencil."""
+"""Fingerprints add up."""
 
 import json
 from collections import Counter
@@ -6,18 +6,17 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vnet_core.errors import ConfigError, ScanError
+from vnet_core.errors import ScanError
 from vnet_core.fingerprint import (
-    STEP_GMACS_PER_GPU,
     Fingerprint,
-    derive_plan,
     fingerprint,
     from_mapping,
+    labelled_intensities,
     to_mapping,
     total,
 )
 from vnet_core.geometry import CANONICAL_DIRECTION, Geometry, matrix_of
-from vnet_core.plan import Label, Plan
+from vnet_core.plan import Label
 from vnet_core.volume import Volume
 
 SAGITTAL = ((1, 0, 0), (0, 0, 1), (0, -1, 0))
@@ -99,94 +98,99 @@ def test_json_keeps_everything_and_its_order_is_fixed():
     assert all(isinstance(value, int) for value in back.label_voxels)
 
 
-# --- plans
+# --- intensities of labelled voxels
 
 
-def test_a_small_cohort_by_pencil():
-    # 35 x 50 x 35 voxels: at 16 per bottom voxel 3 x 4 x 3 of them, so all five levels and a patch of 48 x 64 x 48,
-    # which is 70.6 GMAC at width 16: four of them are above 110, at width 8 a quarter of that is below
-    plan = derive_plan(cohort(((35, 50, 35), (1, 1, 1), 20)), ("T1",), ONE)
-    assert plan.preprocess.spacing_mm == (1.0, 1.0, 1.0)
-    assert plan.training.patch_size == (48, 64, 48)
-    assert plan.network.levels == 5
-    assert (plan.training.batch_size, plan.network.width) == (4, 8)
-    assert plan.preprocess.intensity == "zscore"
-    assert plan.training.flip_axes == (2,)
-    assert plan.channels == ("T1",)
+def labelled(values) -> Fingerprint:
+    """The fingerprint of a case whose labelled voxels have these values (C, N)."""
+    values = np.atleast_2d(values)
+    geometry = Geometry((1, 2, values.shape[1]), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
+    image = np.stack([np.full(values.shape, -2000.0), values], axis=1)[:, None]
+    label = np.zeros((1, 1, 2, values.shape[1]), np.uint8)
+    label[0, 0, 1] = 3
+    return fingerprint(Volume(image, geometry), Volume(label, geometry))
 
 
-def test_a_large_ct_cohort_by_pencil():
-    # the patch shrinks to 128 cubed, 1004 GMAC at width 16: only width 4 stays below 110 for two of them
-    value = cohort(((300, 512, 512), (1.5, 0.7, 0.7), 30), ((400, 512, 512), (1.5, 0.8, 0.8), 31))
-    plan = derive_plan(value, ("CT",), (Label(value=1, name="liver"),))
-    assert plan.preprocess.spacing_mm == (1.5, 0.8, 0.8)
-    assert plan.training.patch_size == (128, 128, 128)
-    assert (plan.training.batch_size, plan.network.width) == (2, 4)
-    assert plan.preprocess.intensity == "window"
-    assert derive_plan(value, ("CT",), ONE, STEP_GMACS_PER_GPU).network.width == 16
-
-
-def test_thick_slices_get_fewer_levels():
-    # 9 slices: at four levels the bottom would have 2 of them, at three it has 3
-    plan = derive_plan(cohort(((9, 160, 160), (8, 1, 1), 3)), ("T2",), ONE)
-    assert plan.network.levels == 3
-    assert plan.network.convolutions == (1, 2, 3)
-    assert plan.training.patch_size == (12, 160, 160)
-
-
-def test_spacing_is_the_median_case_and_the_patch_nearly_the_largest():
-    # extents along x of 40 mm, once 80: the 95th percentile of 41 cases is 40
-    value = cohort(((40, 40, 80), (1, 1, 0.5), 40), ((40, 40, 80), (1, 1, 1.0), 1))
-    plan = derive_plan(value, ("T1",), ONE)
-    assert plan.preprocess.spacing_mm == (1.0, 1.0, 0.5)
-    assert plan.training.patch_size == (48, 48, 80)
+def test_bins_by_hand():
+    found = labelled([[-5000, -1100, -1091, -1090, 0, 3189, 3190, 3199, 3200, 9000]])
+    assert found.intensities == {(0, 0): 1, (0, 1): 2, (0, 2): 1, (0, 111): 1, (0, 429): 1, (0, 430): 2, (0, 431): 2}
 
 
 @pytest.mark.parametrize(
-    ("names", "flips"),
+    "values",
     [
-        (("liver", "spleen"), (2,)),
-        (("left kidney", "right kidney"), ()),
-        (("kidney_left", "kidney_right"), ()),
-        (("liver", "Left lung"), ()),
-        (("bright spot", "cleft"), (2,)),
+        np.random.default_rng(0).normal(60, 45, 20_000),
+        np.random.default_rng(1).normal(-650, 120, 3000),
+        np.concatenate(
+            [np.random.default_rng(2).normal(100, 20, 9000), np.random.default_rng(3).normal(900, 250, 999)]
+        ),
+        np.random.default_rng(4).uniform(-900, 3000, 700),
     ],
+    ids=["organ", "lung", "bone", "wide"],
 )
-def test_left_and_right_are_not_mirrored(names, flips):
-    labels = tuple(Label(value=i, name=name) for i, name in enumerate(names, 1))
-    assert derive_plan(cohort(((48, 48, 48), (1, 1, 1), 1)), ("T1",), labels).training.flip_axes == flips
+def test_percentiles_mean_and_deviation_are_within_a_bin(values):
+    values = np.round(values)
+    found = labelled_intensities(labelled(values), 0)
+    window = np.percentile(values, [0.5, 99.5])
+    clipped = np.clip(values, *window)
+    np.testing.assert_allclose(found.window, window, atol=10)
+    assert found.mean == pytest.approx(clipped.mean(), abs=5)
+    assert found.deviation == pytest.approx(clipped.std(), abs=5)
 
 
-@pytest.mark.parametrize("name", ["Left-Hippocampus", "kidney.left", "kidney (right)", "Left/Lung"])
-def test_left_and_right_are_found_whatever_stands_between_words(name):
-    labels = (Label(value=1, name=name),)
-    assert derive_plan(cohort(((48, 48, 48), (1, 1, 1), 1)), ("T1",), labels).training.flip_axes == ()
+def test_intensities_of_cases_add_up_exactly():
+    values = np.random.default_rng(0).normal(60, 45, (2, 3000))
+    parts = [labelled(values[:, i : i + 1000]) for i in (0, 1000, 2000)]
+    assert total(parts).intensities == total(parts[::-1]).intensities == labelled(values).intensities
+    assert labelled_intensities(total(parts), 1) == labelled_intensities(labelled(values), 1)
+    assert labelled_intensities(total(parts), 0) != labelled_intensities(total(parts), 1)
 
 
-def test_a_plan_of_ct_and_another_channel_keeps_z_scores():
-    value = cohort(((48, 48, 48), (1, 1, 1), 1))
-    assert derive_plan(value, ("ct",), ONE).preprocess.intensity == "window"
-    assert derive_plan(value, ("CT", "PET"), ONE).preprocess.intensity == "zscore"
+def test_nothing_labelled_or_one_value_gives_no_scale():
+    assert labelled_intensities(Fingerprint(), 0) is None
+    assert labelled_intensities(labelled([[40, 40, 41]]), 0) is None
+    assert labelled_intensities(labelled([[5000] * 999 + [0]]), 0) is None  # both percentiles in the open bin
+    assert labelled_intensities(labelled([[10, 20, 30]]), 1) is None
 
 
-def test_no_case_no_plan():
-    with pytest.raises(ConfigError, match="0 usable cases") as caught:
-        derive_plan(Fingerprint(), ("T1",), ONE)
-    assert caught.value.code == "plan.empty-cohort"
+def test_a_fingerprint_of_an_older_version_has_neither_intensities_nor_components():
+    known = labelled([[10, 20, 30]])
+    old = {name: part for name, part in to_mapping(known).items() if name not in ("intensities", "components")}
+    assert from_mapping(old) == Fingerprint(known.grids, known.label_voxels, known.label_cases)
 
 
-def test_any_cohort_gives_a_plan_that_is_valid_and_bounded():
+def test_the_json_of_a_case_is_small():
+    values = np.random.default_rng(0).uniform(-1200, 3300, (2, 200_000))
+    assert len(json.dumps(to_mapping(labelled(values)))) < 10_000
+
+
+# --- components
+
+
+def components_of(labels: np.ndarray, spacing_mm=(1.0, 1.0, 1.0)) -> Fingerprint:
+    geometry = Geometry(labels.shape, spacing_mm, (0.0, 0.0, 0.0))
+    image = np.arange(labels.size, dtype=np.float32).reshape(1, *labels.shape)
+    return fingerprint(Volume(image, geometry), Volume(labels[None], geometry))
+
+
+def test_components_by_hand():
+    labels = np.zeros((4, 8, 16), np.uint8)
+    labels[:2, :2, :2] = 1  # 8 voxels
+    labels[3, 7, 15] = 1
+    labels[:2, :2, 2:4] = 5  # touches the first, but is another label
+    found = components_of(labels, (5.0, 5.0, 5.0))  # a voxel is 0.125 mL
+    assert found.component_ml == {1: [0.125, 1.0], 5: [1.0]}
+    assert components_of(np.zeros((2, 2, 2), np.uint8)).component_ml == {}
+
+
+def test_components_add_up_and_sizes_are_right_to_a_tenth():
     generator = np.random.default_rng(0)
-    for _ in range(200):
-        grids = [
-            (
-                tuple(int(n) for n in generator.integers(1, 700, 3)),
-                tuple(round(float(s), 4) for s in generator.uniform(0.1, 8, 3)),
-                int(generator.integers(1, 4)),
-            )
-            for _ in range(generator.integers(1, 5))
-        ]
-        plan = derive_plan(cohort(*grids), ("T1",), ONE)
-        assert Plan.from_mapping(json.loads(plan.model_dump_json())) == plan
-        assert np.prod(plan.training.patch_size) <= 128**3
-        assert plan == derive_plan(cohort(*grids), ("T1",), ONE)
+    cases = [components_of((generator.random((9, 9, 9)) < 0.1).astype(np.uint8)) for _ in range(3)]
+    whole = total(cases)
+    assert whole.component_ml[1] == sorted(ml for case in cases for ml in case.component_ml[1])
+    assert from_mapping(json.loads(json.dumps(to_mapping(whole)))) == whole
+    for voxels in range(1, 60):
+        line = np.zeros((1, 1, 64), np.uint8)
+        line[0, 0, :voxels] = 2
+        (ml,) = components_of(line).component_ml[2]
+        assert ml == pytest.approx(voxels / 1000, rel=0.1)

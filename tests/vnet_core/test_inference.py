@@ -21,8 +21,11 @@ from vnet_core.inference import (
     prepare,
     processor_precision,
 )
-from vnet_core.networks.vnet import build_vnet, receptive_field
-from vnet_core.plan import InferencePlan, NetworkPlan, Plan
+from vnet_core.networks.layout import receptive_field
+from vnet_core.networks.memory import OVERHEAD_BYTES
+from vnet_core.networks.vnet import build_vnet
+from vnet_core.plan import Plan
+from vnet_core.sections import InferencePlan, NetworkPlan
 
 CPU = torch.device("cpu")
 
@@ -40,7 +43,7 @@ def make_plan(memory_limit_gib=6.0, **sections):
 
 
 def network_of(plan, dtype=torch.float32):
-    network = build_vnet(plan.network, len(plan.channels), plan.classes)
+    network = build_vnet(plan.network, len(plan.channels), plan.outputs)
     return prepare(network, CPU, dtype)
 
 
@@ -145,7 +148,7 @@ def test_tiles_agree_with_the_whole_pass():
 
     def difference(tile, overlap):
         regions = tiles((16, 16, 160), tile, overlap)
-        (blended,) = inference._blended(network, x, regions, plan.classes)
+        (blended,) = inference._blended(network, x, regions, plan.outputs)
         return float((whole - blended).abs().mean() / whole.std())
 
     assert receptive_field(plan.network)[-1] == 27
@@ -202,7 +205,7 @@ def test_the_image_is_left_alone():
 
 def test_prepare_copies():
     plan = make_plan()
-    network = build_vnet(plan.network, 1, plan.classes)
+    network = build_vnet(plan.network, 1, plan.outputs)
     prepared = prepare(network, CPU, torch.bfloat16)
     assert {p.dtype for p in prepared.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in network.parameters()} == {torch.float32}
@@ -242,7 +245,7 @@ def test_predicted_peak_of_the_published_network():
     voxels = 128 * 160 * 160
     # Weights without biases and slopes, and the largest kernel once more.
     kernels = 65_175_314 - 3_456 - 3_458 + 256 * 256 * 125
-    expected = (kernels + 65 * voxels) * 2 + inference.OVERHEAD_BYTES
+    expected = (kernels + 65 * voxels) * 2 + OVERHEAD_BYTES
     assert predicted_peak_bytes(PUBLISHED.network, 1, 2, (128, 160, 160), 2) == expected
 
 
@@ -325,7 +328,7 @@ MEASURE = """
 import ctypes, json, sys
 import torch
 from vnet_core.inference import choose_tile, predict_logits, predicted_peak_bytes, prepare
-from vnet_core.networks.vnet import build_vnet, receptive_field
+from vnet_core.networks.vnet import build_vnet
 from vnet_core.plan import Plan
 
 def status(key):
@@ -335,7 +338,7 @@ def status(key):
 torch.set_num_threads(2)
 for case in json.loads(sys.argv[1]):
     plan, dtype, shape = Plan.from_mapping(case["plan"]), getattr(torch, case["dtype"]), tuple(case["shape"])
-    network = prepare(build_vnet(plan.network, len(plan.channels), plan.classes), torch.device("cpu"), dtype)
+    network = prepare(build_vnet(plan.network, len(plan.channels), plan.outputs), torch.device("cpu"), dtype)
     weights_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
     image = torch.randn(len(plan.channels), *shape)
     predict_logits(network, image[:, :8, :8, :8], plan)
@@ -346,7 +349,7 @@ for case in json.loads(sys.argv[1]):
     predict_logits(network, image, plan)
     peak = status("VmHWM") - before + weights_bytes
     size = torch.empty((), dtype=dtype).element_size()
-    predicted = predicted_peak_bytes(plan.network, len(plan.channels), plan.classes, shape, size)
+    predicted = predicted_peak_bytes(plan.network, len(plan.channels), plan.outputs, shape, size)
     print(json.dumps({"peak": peak, "predicted": predicted, "tile": choose_tile(plan, shape, size)}))
 """
 
@@ -402,7 +405,7 @@ def test_measured_peak_of_tiles_is_within_the_limit():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_gives_the_labels_of_the_processor():
     plan = make_plan(memory_limit_gib=6.0)
-    network = build_vnet(plan.network, 1, plan.classes)
+    network = build_vnet(plan.network, 1, plan.outputs)
     x = image(1, 24, 20, 28)
     here = predict_logits(prepare(network, CPU, torch.float32), x, plan).argmax(0)
     cuda = torch.device("cuda")

@@ -5,9 +5,11 @@ import re
 import tomllib
 
 import pytest
+from pydantic import BaseModel
 
 from vnet_core.errors import ConfigError
-from vnet_core.plan import NetworkPlan, Plan, digest_of, digest_of_bytes
+from vnet_core.plan import Plan, digest_of, digest_of_bytes
+from vnet_core.sections import NetworkPlan
 
 LABELS = [{"value": 1, "name": "liver"}, {"value": 3, "name": "tumour"}]
 SMALLEST = {"labels": LABELS}
@@ -113,14 +115,21 @@ def test_the_sizes_that_a_message_names_do_work():
         ({"network": {"convolutions": [1, 0]}}, ["network.convolutions.1", "(got 0)"]),
         ({"training": {"batch_size": 0}}, ["training.batch_size", "(got 0)"]),
         ({"training": {"learning_rate": "fast"}}, ["training.learning_rate", "'fast'"]),
-        ({"training": {"flip_axes": [3]}}, ["training.flip_axes.0", "(got 3)"]),
+        ({"training": {"augmentation": {"flip_axes": [3]}}}, ["training.augmentation.flip_axes.0", "(got 3)"]),
+        ({"training": {"loss": {"terms": {}}}}, ["training.loss.terms"]),
+        ({"training": {"loss": {"terms": {"dise": 1}}}}, ["training.loss.terms", "dice"]),
+        ({"network": {"preset": "papper"}}, ["'papper'", "use one of paper, caffe"]),
+        ({"network": {"decoder_convolutions": [1, 2]}}, ["names 2 stages", "has 4"]),
+        ({"regions": [{"name": "a", "values": [1], "paints": 1}]}, ["1 regions", 'head = "sigmoid"']),
+        ({"head": "sigmoid", "regions": [{"name": "a", "values": [1, 2], "paints": 1}]}, ["[2]", "[1, 3]"]),
+        ({"ignore_label": 3}, ["ignore_label 3", "[1, 3]"]),
         ({"labels": []}, ["labels"]),
         ({"labels": [{"value": 0, "name": "air"}]}, ["labels.0.value", "(got 0)"]),
         ({"labels": [{"value": 1}]}, ["labels.0.name"]),
         ({"labels": LABELS[::-1]}, ["[3, 1]", "ascending"]),
         ({"labels": [LABELS[0], LABELS[0]]}, ["[1, 1]"]),
         ({"channels": []}, ["channels"]),
-        ({"inference": {"largest_component": [1, 2]}}, ["[2]", "[1, 3]"]),
+        ({"inference": {"cleaning": [{"label": 1}, {"label": 2}]}}, ["[2]", "[1, 3]"]),
         ({"inference": {"overlap": 1.0}}, ["inference.overlap", "(got 1.0)"]),
     ],
 )
@@ -157,50 +166,108 @@ OTHER_VALUES = [
     {"labels": LABELS[:1]},
     {"labels": [LABELS[0], {"value": 3, "name": "lesion"}]},
     {"labels": [LABELS[0], {"value": 4, "name": "tumour"}]},
+    {"head": "sigmoid"},
+    {"regions": [{"name": "both", "values": [1, 3], "paints": 1}], "head": "sigmoid"},
+    {"ignore_label": 255},
+    {"other_labels": "background"},
     {"preprocess": {"spacing_mm": [1, 1, 1.001]}},
+    {"preprocess": {"bias_field": "n4"}},
     {"preprocess": {"intensity": "window"}},
     {"preprocess": {"window": [-1000, 999]}},
+    {"preprocess": {"mean": 1}},
+    {"preprocess": {"deviation": 2}},
+    {"preprocess": {"interpolation": "anisotropic"}},
+    {"preprocess": {"label_interpolation": "nearest"}},
     {"preprocess": {"crop_foreground": False}},
     {"network": {"kernel_size": 3}},
     {"network": {"width": 8}},
     {"network": {"convolutions": [1, 2, 3, 3, 2]}},
+    {"network": {"decoder_convolutions": [1, 2, 3, 2]}},
+    {"network": {"activation": "elu"}},
     {"network": {"normalisation": "instance"}},
+    {"network": {"residual": "activated"}},
+    {"network": {"entry": "expanded"}},
+    {"network": {"decoder": "narrow"}},
+    {"network": {"downsampling": "maximum"}},
+    {"network": {"upsampling": "linear"}},
+    {"network": {"head_kernel_size": 5}},
+    {"network": {"dropout": 0.5}},
+    {"network": {"dropout_at": "activations"}},
+    {"network": {"noise": 0.1}},
+    {"network": {"deep_supervision": "auxiliary"}},
+    {"network": {"initialisation": "kaiming"}},
     {"training": {"patch_size": [64, 64, 80]}},
     {"training": {"batch_size": 2}},
-    {"training": {"loss": "dice"}},
+    {"training": {"accumulate": 2}},
+    {"training": {"loss": {"terms": {"dice": 1}}}},
+    {"training": {"loss": {"dice_over": "sample"}}},
+    {"training": {"loss": {"smoothing": 1}}},
+    {"training": {"loss": {"class_weights": "balance"}}},
+    {"training": {"loss": {"weighted_mean": "voxels"}}},
+    {"training": {"loss": {"absent_classes": "maximum"}}},
+    {"training": {"loss": {"focal_gamma": 1}}},
+    {"training": {"loss": {"focal_alpha": 0.25}}},
+    {"training": {"loss": {"warmup_fraction": 0.1}}},
+    {"training": {"augmentation": {"probability": 0.8}}},
+    {"training": {"augmentation": {"flip_axes": []}}},
+    {"training": {"augmentation": {"shift_voxels": 0}}},
+    {"training": {"augmentation": {"rotation_degrees": 0}}},
+    {"training": {"augmentation": {"scaling": 0}}},
+    {"training": {"augmentation": {"bspline_voxels": 15}}},
+    {"training": {"augmentation": {"bspline_points": [3, 2, 2]}}},
+    {"training": {"augmentation": {"bspline_axes": [1, 2]}}},
+    {"training": {"augmentation": {"elastic_voxels": 2}}},
+    {"training": {"augmentation": {"elastic_smoothness_voxels": 4}}},
+    {"training": {"augmentation": {"histogram_matching": 0.5}}},
+    {"training": {"augmentation": {"contrast": 0}}},
+    {"training": {"augmentation": {"brightness": 0}}},
+    {"training": {"augmentation": {"gamma": 0.2}}},
+    {"training": {"augmentation": {"noise": 0}}},
+    {"training": {"augmentation": {"blur_voxels": 1}}},
+    {"training": {"augmentation": {"low_resolution": 0.5}}},
     {"training": {"optimiser": "sgd"}},
+    {"training": {"momentum": 0.9}},
     {"training": {"learning_rate": 1e-3}},
     {"training": {"weight_decay": 0}},
     {"training": {"schedule": "constant"}},
+    {"training": {"step_fractions": [0.5]}},
     {"training": {"warmup_fraction": 0}},
     {"training": {"gradient_clip": 2}},
+    {"training": {"precision": "float32"}},
     {"training": {"foreground_fraction": 0.4}},
-    {"training": {"flip_axes": []}},
-    {"training": {"shift_voxels": 0}},
-    {"training": {"rotation_degrees": 0}},
-    {"training": {"scaling": 0}},
-    {"training": {"intensity": 0}},
     {"training": {"average_decay": 0}},
+    {"training": {"publish": "best"}},
     {"training": {"validation_fraction": 0.2}},
     {"training": {"seed": 1}},
     {"inference": {"memory_limit_gib": 7}},
     {"inference": {"overlap": 0.5}},
     {"inference": {"precision": "float32"}},
-    {"inference": {"largest_component": [1]}},
+    {"inference": {"mirror_axes": [2]}},
+    {"inference": {"cleaning": [{"label": 1, "keep": "largest"}]}},
 ]
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> set[str]:
+    """Dotted names of all keys of a section and of those in it."""
+    names = set()
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        nested = isinstance(kind, type) and issubclass(kind, BaseModel)
+        names |= leaves(kind, f"{prefix}{name}.") if nested else {prefix + name}
+    return names
+
+
+def changed(change: dict, model: type[BaseModel] = Plan) -> str:
+    """The dotted name of the first key of a change."""
+    key, value = next(iter(change.items()))
+    kind = model.model_fields[key].annotation
+    return f"{key}.{changed(value, kind)}" if isinstance(kind, type) and issubclass(kind, BaseModel) else key
 
 
 def test_every_value_changes_the_digest_and_the_list_above_names_them_all():
     digests = [Plan.from_mapping({**SMALLEST, **change}).digest for change in ({}, *OTHER_VALUES)]
     assert len(set(digests)) == len(OTHER_VALUES) + 1
-    fields = set(Plan.model_fields) - {"preprocess", "network", "training", "inference"}
-    for section in ("preprocess", "network", "training", "inference"):
-        fields |= {f"{section}.{name}" for name in Plan.model_fields[section].annotation.model_fields}
-    named = set()
-    for change in OTHER_VALUES:
-        (key, value), *_ = change.items()
-        named.add(f"{key}.{next(iter(value))}" if isinstance(value, dict) else key)
-    assert named == fields
+    assert {changed(change) for change in OTHER_VALUES} == leaves(Plan)
 
 
 def test_the_digest_is_that_of_the_values_not_of_their_spelling():

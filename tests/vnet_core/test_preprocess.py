@@ -5,10 +5,12 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
+from vnet_core.decide import most_probable
 from vnet_core.errors import ScanError
 from vnet_core.geometry import CANONICAL_DIRECTION, Geometry, matrix_of, same_grid, to_canonical, world_mm
-from vnet_core.plan import PreprocessPlan
-from vnet_core.preprocess import check_label_grid, foreground_box, normalise, prepare, restore
+from vnet_core.phantoms import PhantomSpec, phantom
+from vnet_core.preprocess import check_label_grid, foreground_box, normalise, prepare, restore, without_bias
+from vnet_core.sections import PreprocessPlan
 from vnet_core.volume import Volume
 
 TILTED = Rotation.from_euler("zyx", [20, -35, 50], degrees=True).as_matrix()
@@ -57,7 +59,7 @@ def test_a_label_comes_back_voxel_for_voxel_at_the_scans_own_spacing(name):
     plan = PreprocessPlan(spacing_mm=to_canonical(image.geometry)[1].spacing_mm)
     prepared = prepare(image, label, plan)
     assert prepared.label.size < label.labels.size, "the empty border was not cut off"
-    classes = restore(one_hot_logits(prepared.label), prepared.geometry, image.geometry)
+    classes = restore(one_hot_logits(prepared.label), prepared.geometry, image.geometry, most_probable(4))
     np.testing.assert_array_equal(np.array([0, 1, 3])[classes], label.labels)
     assert classes.flags.c_contiguous
 
@@ -68,7 +70,7 @@ def test_a_label_comes_back_nearly_at_another_spacing(name, spacing_mm):
     image, label = ball_in_noise(*GRIDS[name])
     prepared = prepare(image, label, PreprocessPlan(spacing_mm=spacing_mm))
     assert prepared.geometry.spacing_mm == spacing_mm
-    classes = restore(one_hot_logits(prepared.label), prepared.geometry, image.geometry)
+    classes = restore(one_hot_logits(prepared.label), prepared.geometry, image.geometry, most_probable(4))
     assert classes.shape == label.labels.shape
     for index, value in ((1, 1), (2, 3)):
         assert dice(classes == index, label.labels == value) > 0.9
@@ -96,7 +98,9 @@ def test_what_was_cropped_away_is_background():
     everywhere[1] = 1.0
     expected = np.zeros((4, 5, 6), np.uint8)
     expected[1:3, 2:4, 1:5] = 1
-    np.testing.assert_array_equal(restore(everywhere, prepared.geometry, geometry), expected)
+    np.testing.assert_array_equal(
+        restore(everywhere, prepared.geometry, geometry, most_probable(len(everywhere))), expected
+    )
 
 
 @pytest.mark.parametrize("spacing_mm", [(4.0, 4.0, 4.0), (3.0, 3.0, 3.0), (1.5, 1.5, 1.5), (0.7, 0.7, 0.7)])
@@ -107,7 +111,7 @@ def test_a_structure_that_reaches_the_edge_of_the_scan_reaches_it_again(spacing_
     prepared = prepare(image, None, PreprocessPlan(spacing_mm=spacing_mm, crop_foreground=False))
     everywhere = torch.zeros(2, *prepared.geometry.shape)
     everywhere[1] = 1.0
-    assert restore(everywhere, prepared.geometry, geometry).all()
+    assert restore(everywhere, prepared.geometry, geometry, most_probable(len(everywhere))).all()
 
 
 def test_without_crop_the_whole_scan_is_prepared():
@@ -120,8 +124,9 @@ def test_without_crop_the_whole_scan_is_prepared():
 def test_prepare_changes_neither_image_nor_label():
     image, label = ball_in_noise(CANONICAL_DIRECTION, WHOLE)
     before = image.voxels.copy(), label.voxels.copy()
-    for intensity in ("zscore", "window"):
-        prepared = prepare(image, label, PreprocessPlan(spacing_mm=WHOLE, intensity=intensity, crop_foreground=False))
+    for intensity in ("zscore", "window", "percentiles", "range"):
+        plan = PreprocessPlan(spacing_mm=WHOLE, intensity=intensity, crop_foreground=False, bias_field="n4")
+        prepared = prepare(image, label, plan)
         prepared.label[:] = 9
         prepared.image[:] = 9
     np.testing.assert_array_equal(image.voxels, before[0])
@@ -240,6 +245,26 @@ def test_a_window_below_zero_on_unsigned_voxels():
     np.testing.assert_allclose(result[0, 0, 0], [0, 0.25], atol=1e-6)
 
 
+def test_percentiles_by_hand():
+    voxels = np.array([-2000, -100, 0, 140, 3000], np.int16).reshape(1, 1, 1, 5)
+    plan = PreprocessPlan(intensity="percentiles", window=(-100, 140), mean=20, deviation=40)
+    np.testing.assert_allclose(normalise(voxels, plan)[0, 0, 0], [-3, -3, -0.5, 3, 3], atol=1e-6)
+
+
+def test_range_by_hand():
+    voxels = np.array([[-1, 0, 1, 3], [5, 5, 5, 6]], np.int16).reshape(2, 1, 1, 4)
+    found = normalise(voxels, PreprocessPlan(intensity="range"))[:, 0, 0]
+    np.testing.assert_allclose(found, [[0, 0.25, 0.5, 1], [0, 0, 0, 1]], atol=1e-6)
+    with pytest.raises(ScanError, match="channel 0 has the value 4"):
+        normalise(np.full((1, 2, 2, 2), 4), PreprocessPlan(intensity="range"))
+
+
+def test_schemes_of_absolute_intensities_take_a_constant_channel():
+    voxels = np.full((1, 2, 2, 2), 40, np.int16)
+    plan = PreprocessPlan(intensity="percentiles", window=(-100, 100), mean=20, deviation=10)
+    assert (normalise(voxels, plan) == 2).all()
+
+
 def test_the_crop_does_not_move_the_scale():
     """Voxels at the volume's minimum are left out; the smallest voxel of a full box is not one of them."""
     geometry = Geometry((3, 3, 4), WHOLE, (0.0, 0.0, 0.0))
@@ -279,3 +304,115 @@ def test_a_label_on_another_grid_is_refused_with_both_grids(label, words):
 def test_a_label_whose_header_was_rounded_is_accepted():
     image = Geometry((3, 4, 5), (2.0, 1.0, 0.5), (1.0, 2.0, 3.0))
     check_label_grid(image, Geometry((3, 4, 5), (2.001, 1.0, 0.5), (1.004, 2.0, 3.0)))
+
+
+# --- the bias field
+
+
+def biased(geometry: Geometry, offset: float = 0.0) -> tuple[Volume, np.ndarray]:
+    """A ball of one tissue under a smooth field of 0.6 to 1.6, and the ball."""
+    z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in geometry.shape), indexing="ij")
+    ball = z**2 + y**2 + x**2 < 0.8
+    field = np.exp(0.35 * np.sin(2 * x + 0.5) + 0.2 * y)
+    noise = np.random.default_rng(0).normal(0, 2, geometry.shape)
+    return Volume(((ball * (100 + noise) * field) + offset)[None].astype(np.float32), geometry), ball
+
+
+@pytest.mark.parametrize("name", ["axial", "anisotropic", "oblique"])
+@pytest.mark.parametrize("offset", [0.0, -1000.0])
+def test_n4_takes_a_smooth_field_away(name, offset):
+    direction, spacing = GRIDS[name]
+    geometry = Geometry((24, 40, 44), spacing, (0.0, 0.0, 0.0), matrix_of(direction))
+    scan, ball = biased(geometry, offset)
+    before, after = scan.voxels[0][ball] - offset, without_bias(scan).voxels[0][ball] - offset
+    variations = [float(values.std() / values.mean()) for values in (before, after)]
+    assert variations[0] > 0.2
+    assert variations[1] < 0.25 * variations[0]
+
+
+def test_n4_leaves_a_flat_field_and_the_air():
+    image, ball = biased(Geometry((24, 40, 44), WHOLE, (0.0, 0.0, 0.0)))
+    flat = Volume(
+        np.where(ball, 100, 0)[None] + np.random.default_rng(0).normal(0, 2, (1, *ball.shape)) * ball, image.geometry
+    )
+    found = without_bias(flat)
+    np.testing.assert_allclose(found.voxels, flat.voxels, rtol=0.02, atol=1e-4)
+    assert (found.voxels[0][~ball] == 0).all()
+    assert found.voxels.dtype == np.float32
+
+
+def test_n4_gives_the_same_bits_with_any_number_of_threads():
+    scan, _ = biased(Geometry((41, 43, 47), (1.0, 1.1, 0.9), (0.0, 0.0, 0.0)))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(without_bias(scan).voxels)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 40, 40), (3, 5, 4)])
+def test_n4_on_tiny_scans(shape):
+    voxels = np.random.default_rng(0).uniform(0, 100, (2, *shape))
+    plan = PreprocessPlan(spacing_mm=WHOLE, bias_field="n4")
+    assert np.isfinite(prepare(Volume(voxels, Geometry(shape, WHOLE, (0.0, 0.0, 0.0))), None, plan).image).all()
+
+
+def test_n4_makes_a_phantoms_organ_even():
+    image, label = phantom(PhantomSpec(seed=3, shape=(40, 40, 40), spacing_mm=(2.0, 2.0, 2.0), bias=0.5, lesions=0))
+    organ = label.labels == 1
+    before, after = image.voxels[0][organ].astype(float), without_bias(image).voxels[0][organ]
+    assert after.std() / after.mean() < before.std() / before.mean()
+
+
+# --- interpolation
+
+
+def test_thick_slices_are_copied_and_not_mixed():
+    """Slices of 4 mm against 1 mm in plane: between two slices there is the nearer one."""
+    geometry = Geometry((2, 3, 3), (4.0, 1.0, 1.0), (0.0, 0.0, 0.0))
+    voxels = np.zeros((1, 2, 3, 3), np.float32)
+    voxels[0, 1] = 1.0
+    found = {}
+    for interpolation in ("linear", "anisotropic"):
+        plan = PreprocessPlan(spacing_mm=WHOLE, intensity="range", interpolation=interpolation, crop_foreground=False)
+        found[interpolation] = prepare(Volume(voxels, geometry), None, plan).image[0, :, 1, 1]
+    np.testing.assert_allclose(found["linear"], [0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1], atol=1e-6)
+    np.testing.assert_array_equal(found["anisotropic"], [0, 0, 0, 0, 1, 1, 1, 1])
+
+
+def test_three_times_the_finest_spacing_is_not_yet_thick():
+    geometry = Geometry((2, 3, 3), (3.0, 1.0, 1.0), (0.0, 0.0, 0.0))
+    voxels = np.zeros((1, 2, 3, 3), np.float32)
+    voxels[0, 1] = 1.0
+    plan = PreprocessPlan(spacing_mm=WHOLE, intensity="range", interpolation="anisotropic", crop_foreground=False)
+    assert len(np.unique(prepare(Volume(voxels, geometry), None, plan).image)) > 2
+
+
+def test_fine_stripes_become_grey_and_not_stripes():
+    """Lines of 1 mm at 3 mm voxels: each voxel is the mean of the three that it covers."""
+    geometry = Geometry((1, 1, 12), WHOLE, (0.0, 0.0, 0.0))
+    voxels = np.array([0, 0, 3, 3, 3, 3, 0, 3, 0, 0, 0, 0], np.float32).reshape(1, 1, 1, 12)
+    plan = PreprocessPlan(spacing_mm=(1.0, 1.0, 3.0), intensity="range", crop_foreground=False)
+    found = prepare(Volume(voxels, geometry), None, plan).image[0, 0, 0]
+    np.testing.assert_allclose(found, [1 / 3, 1, 1 / 3, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "nearest"])
+@pytest.mark.parametrize("spacing_mm", [(0.7, 0.7, 0.7), (2.3, 2.3, 2.3), (4.0, 1.3, 0.6)])
+def test_labels_are_never_numbers(interpolation, spacing_mm):
+    """Between background and label 3, and between labels 1 and 3, no label 2 appears."""
+    image, label = ball_in_noise(*GRIDS["anisotropic"])
+    plan = PreprocessPlan(spacing_mm=spacing_mm, label_interpolation=interpolation)
+    assert set(np.unique(prepare(image, label, plan).label)) == {0, 1, 3}
+
+
+def test_nearest_labels_by_hand():
+    geometry = Geometry((1, 1, 4), WHOLE, (0.0, 0.0, 0.0))
+    image = Volume(np.arange(4.0).reshape(1, 1, 1, 4), geometry)
+    label = Volume(np.array([1, 3, 0, 7], np.uint8).reshape(1, 1, 1, 4), geometry)
+    plan = PreprocessPlan(spacing_mm=(1.0, 1.0, 0.5), label_interpolation="nearest", crop_foreground=False)
+    np.testing.assert_array_equal(prepare(image, label, plan).label.ravel(), [1, 1, 3, 3, 0, 0, 7, 7])

@@ -8,11 +8,16 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from vnet_core import resample
+from vnet_core.decide import most_probable
 from vnet_core.geometry import CANONICAL_DIRECTION, Geometry, matrix_of, resampled
-from vnet_core.resample import argmax_labels, coordinates, labels, linear
+from vnet_core.resample import averaged, coordinates, decided, labels, linear, nearest, nearest_labels
 
 OBLIQUE = matrix_of(Rotation.from_euler("zyx", [20, -35, 50], degrees=True).as_matrix())
 SOURCE = Geometry((7, 9, 8), (2.0, 1.0, 1.5), (-3.0, 5.0, 11.0), OBLIQUE)
+
+
+def argmax_labels(logits, at):
+    return decided(logits, at, most_probable(len(logits)))
 
 
 def along_x(shape_x: int, spacing_x_mm: float, first_mm: float = 0.0) -> Geometry:
@@ -110,6 +115,67 @@ def test_whole_coordinates_copy_without_a_neighbour():
 def test_a_single_voxel_fills_any_grid():
     at = (np.array([-0.3, 0.0, 0.3]), np.zeros(1), np.array([-0.5, 0.5]))
     assert linear(torch.full((1, 1, 1), 7.5), at).tolist() == [[[7.5, 7.5]]] * 3
+
+
+# --- averaged
+
+
+def test_larger_voxels_are_means_by_hand():
+    values = row([3, 6, 9, 1, 1, 1, 0, 0, 30])
+    assert averaged(values, at_x(1, 4, 7), (1, 1, 3))[0, 0].tolist() == [6, 1, 10]
+    # 2.5 voxels about index 1 are 0 .. 2 with weights 0.75, 1, 0.75
+    np.testing.assert_allclose(averaged(values, at_x(1), (1, 1, 2.5))[0, 0], [(0.75 * 3 + 6 + 0.75 * 9) / 2.5])
+    # beyond the edge there is nothing: only 3 and half of 6 are under three voxels about -0.5
+    np.testing.assert_allclose(averaged(values, at_x(-0.5), (1, 1, 3))[0, 0], [(3 + 0.5 * 6) / 1.5])
+
+
+def test_up_to_one_and_a_half_it_is_linear():
+    values = torch.from_numpy(np.random.default_rng(0).normal(size=SOURCE.shape).astype(np.float32))
+    at = coordinates(SOURCE, resampled(SOURCE, (2.9, 1.4, 0.8)))
+    assert torch.equal(averaged(values, at, (1.45, 1.4, 0.53)), linear(values, at))
+
+
+def test_a_mean_keeps_the_sum_and_a_constant():
+    values = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 12, 12, 12)).astype(np.float32))
+    source = Geometry((12, 12, 12), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
+    target = resampled(source, (3.0, 2.0, 4.0))
+    found = averaged(values, coordinates(source, target), (3.0, 2.0, 4.0))
+    assert found.shape == (2, *target.shape)
+    torch.testing.assert_close(found.mean(dim=(1, 2, 3)), values.mean(dim=(1, 2, 3)))
+    same = averaged(torch.full((12, 12, 12), 0.7), coordinates(source, target), (3.0, 2.0, 4.0))
+    torch.testing.assert_close(same, torch.full(target.shape, 0.7))
+
+
+def test_what_is_finer_than_the_new_grid_does_not_come_back_as_a_coarse_wave():
+    """A wave of 2.2 voxels seen every 3 would look like one of 8.25; the mean over 3 voxels leaves a third of it."""
+    source, target = along_x(300, 1.0), resampled(along_x(300, 1.0), (1.0, 1.0, 3.0))
+    wave = torch.from_numpy(np.cos(2 * np.pi * np.arange(300) / 2.2).astype(np.float32)).reshape(1, 1, -1)
+    at = coordinates(source, target)
+    assert float(linear(wave, at).std()) > 0.6
+    assert float(averaged(wave, at, (1, 1, 3)).std()) < 0.25
+
+
+@pytest.mark.parametrize("step", [1.6, 2.0, 2.7, 5.0, 40.0])
+def test_a_mean_is_the_integral_over_the_target_voxel(step):
+    source = along_x(30, 1.0)
+    target = resampled(source, (1.0, 1.0, step))
+    values = np.random.default_rng(0).normal(size=30)
+    found = averaged(row(values), coordinates(source, target), (1, 1, step))[0, 0]
+    integral = np.concatenate([[0], np.cumsum(values)])
+    at = coordinates(source, target)[2]
+    lower, upper = np.clip([at - step / 2 + 0.5, at + step / 2 + 0.5], 0, 30)
+    expected = (np.interp(upper, np.arange(31), integral) - np.interp(lower, np.arange(31), integral)) / (upper - lower)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_nearest_by_hand():
+    at = (np.array([-0.4, 0.5, 1.49]), np.array([0.3]), np.array([0.6]))
+    found = nearest(at, 0)
+    np.testing.assert_array_equal(found[0], [0, 1, 1])
+    assert found[1][0] == 0.3
+    values = np.array([5, 1, 7], np.uint16).reshape(1, 1, 3)
+    np.testing.assert_array_equal(nearest_labels(values, at_x(-0.6, 0.4, 0.5, 2.9))[0, 0], [5, 5, 1, 7])
+    assert nearest_labels(values, at_x(0.0)).dtype == np.uint16
 
 
 # --- label maps

@@ -1,33 +1,28 @@
-"""Patches, splits, schedules, steps and averages by hand; and gradients where the grid is smaller than the kernel."""
+"""Where patches are cut, by hand; and gradients where the grid is smaller than the kernel."""
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from vnet_core.errors import TrainingError
-from vnet_core.losses import loss_function
 from vnet_core.networks.vnet import Stage, build_vnet
-from vnet_core.plan import NetworkPlan, TrainingPlan
+from vnet_core.sections import AugmentationPlan, NetworkPlan, TrainingPlan
 from vnet_core.training import (
     Placement,
-    StepSettings,
-    WeightAverage,
-    build_optimiser,
     class_table,
     cut,
-    learning_rate_factor,
     place,
     sample_generator,
-    split_patients,
-    train_step,
 )
 
-PLAIN = TrainingPlan(patch_size=(4, 6, 8), foreground_fraction=0.0, flip_axes=(), shift_voxels=0)
+STILL = AugmentationPlan(flip_axes=(), shift_voxels=0)
+PLAIN = TrainingPlan(patch_size=(4, 6, 8), foreground_fraction=0.0, augmentation=STILL)
 
 
 def plan(**change) -> TrainingPlan:
-    return TrainingPlan.model_validate({**PLAIN.model_dump(), **change})
+    moved = {name: change.pop(name) for name in ("flip_axes", "shift_voxels") if name in change}
+    augmentation = {**STILL.model_dump(), **moved}
+    return TrainingPlan.model_validate({**PLAIN.model_dump(), **change, "augmentation": augmentation})
 
 
 def placements(shape, of: TrainingPlan, foreground=None, count: int = 300) -> list[Placement]:
@@ -159,210 +154,6 @@ def test_label_values_become_classes():
     table = class_table([2, 5, 9])
     np.testing.assert_array_equal(table, [0, 0, 1, 0, 0, 2, 0, 0, 0, 3])
     assert table.dtype == np.int64
-
-
-def test_patients_stay_together():
-    cases = [(f"{patient}{visit}", patient) for patient in "abcdefgh" for visit in range(3)]
-    training, validation = split_patients(cases, 0.25, seed=0)
-    assert len(validation) == 6
-    assert sorted([*training, *validation]) == sorted(case for case, _ in cases)
-    assert {c[0] for c in training}.isdisjoint(c[0] for c in validation)
-
-
-def test_the_split_is_decided_by_the_seed_not_by_the_order():
-    cases = [(f"case{i}", None) for i in range(20)]
-    assert split_patients(cases, 0.2, seed=3) == split_patients(cases[::-1], 0.2, seed=3)
-    assert len({split_patients(cases, 0.2, seed)[1] for seed in range(10)}) > 5
-
-
-@pytest.mark.parametrize(
-    ("patients", "fraction", "held"),
-    [(1, 0.5, 0), (2, 0.01, 1), (2, 0.99, 1), (3, 0.99, 2), (10, 0.1, 1), (10, 0.25, 2), (10, 0.0, 0), (0, 0.5, 0)],
-)
-def test_how_many_are_held_back(patients, fraction, held):
-    cases = [(f"case{i}", None) for i in range(patients)]
-    training, validation = split_patients(cases, fraction, seed=0)
-    assert (len(training), len(validation)) == (patients - held, held)
-
-
-def test_a_case_without_patient_is_nobodys_relative():
-    """Not even of a patient that is called as the case is."""
-    cases = [("a", None), ("b", "a"), ("c", ""), ("d", None)]
-    parts = {split_patients(cases, 0.25, seed)[1] for seed in range(40)}
-    assert parts == {("a",), ("b",), ("c",), ("d",)}
-
-
-# --- learning rate
-
-
-@pytest.mark.parametrize(
-    ("schedule", "points"),
-    [
-        ("cosine", {0.1: 1.0, 0.325: (1 + np.sqrt(0.5)) / 2, 0.55: 0.5, 1.0: 0.0, 1.5: 0.0}),
-        ("polynomial", {0.1: 1.0, 0.55: 0.5**0.9, 1.0: 0.0, 1.5: 0.0}),
-        ("constant", {0.1: 1.0, 0.55: 1.0, 1.0: 1.0}),
-    ],
-)
-def test_points_of_the_schedule(schedule, points):
-    of = plan(schedule=schedule, warmup_fraction=0.1)
-    for progress, factor in {0.0: 1e-3, 0.00001: 1e-3, 0.05: 0.5, 0.09: 0.9, **points}.items():
-        assert learning_rate_factor(of, progress) == pytest.approx(factor, abs=1e-12), progress
-
-
-def test_without_warm_up_the_first_step_is_at_the_peak():
-    assert learning_rate_factor(plan(warmup_fraction=0.0), 0.0) == 1.0
-
-
-def test_weight_decay_spares_what_has_one_axis():
-    network = build_vnet(NetworkPlan(kernel_size=3, width=2, convolutions=(1, 1), normalisation="instance"), 1, 2)
-    optimiser = build_optimiser(network, plan(weight_decay=0.01, learning_rate=0.5))
-    decayed, spared = optimiser.param_groups
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
-    assert {p.ndim for p in decayed["params"]} == {5}
-    assert {p.ndim for p in spared["params"]} == {1}
-    assert len(decayed["params"]) + len(spared["params"]) == len(list(network.parameters()))
-    assert {group["lr"] for group in optimiser.param_groups} == {0.5}
-
-
-# --- one step
-
-
-def weight_of_one() -> nn.Conv3d:
-    network = nn.Conv3d(1, 1, 1, bias=False)
-    nn.init.ones_(network.weight)
-    return network
-
-
-def settings(loss=lambda logits, classes: logits.mean(), clip: float = 1e9) -> StepSettings:
-    return StepSettings(loss, torch.float32, clip)
-
-
-ONES = torch.ones(1, 1, 1, 1, 1)
-NO_CLASSES = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
-
-
-def test_a_step_of_sgd_by_hand():
-    # the gradient of the mean of w * 3 is 3; Nesterov's first step is 1 + 0.99 times it
-    network = weight_of_one()
-    optimiser = build_optimiser(network, plan(optimiser="sgd", learning_rate=0.01, weight_decay=0))
-    assert train_step(network, optimiser, 3 * ONES, NO_CLASSES, settings()) == 3.0
-    assert network.weight.item() == pytest.approx(1 - 0.01 * 3 * 1.99)
-
-
-def test_a_step_of_adamw_by_hand():
-    # the first step is the learning rate itself, whatever the gradient; decay takes 0.1 of 0.5 of the weight before
-    network = weight_of_one()
-    optimiser = build_optimiser(network, plan(learning_rate=0.1, weight_decay=0.5))
-    train_step(network, optimiser, 3 * ONES, NO_CLASSES, settings())
-    assert network.weight.item() == pytest.approx(1 * (1 - 0.1 * 0.5) - 0.1, abs=1e-6)
-
-
-def test_the_gradient_is_clipped_to_its_norm():
-    network = weight_of_one()
-    optimiser = build_optimiser(network, plan(optimiser="sgd", learning_rate=0.01, weight_decay=0))
-    train_step(network, optimiser, 3 * ONES, NO_CLASSES, settings(clip=0.5))
-    assert network.weight.item() == pytest.approx(1 - 0.01 * 0.5 * 1.99, rel=1e-5)
-
-
-def test_gradients_of_the_last_step_do_not_stay():
-    network = weight_of_one()
-    optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
-    for expected in (0.7, 0.4, 0.1):
-        train_step(network, optimiser, 3 * ONES, NO_CLASSES, settings())
-        assert network.weight.item() == pytest.approx(expected, rel=1e-5)
-
-
-def hopeless_root(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """A finite loss whose gradient is not: the square root at zero."""
-    return (logits - logits.detach()).square().sum().sqrt() + 1.0
-
-
-@pytest.mark.parametrize(
-    ("images", "loss"),
-    [
-        (float("nan") * ONES, lambda logits, classes: logits.mean()),
-        (float("inf") * ONES, lambda logits, classes: logits.mean()),
-        (ONES, lambda logits, classes: logits.mean() * float("nan")),
-        (ONES, hopeless_root),
-        (1e30 * ONES, lambda logits, classes: (logits * 1e20).mean()),
-    ],
-)
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_a_step_that_is_not_finite_leaves_no_trace(images, loss, name):
-    network, twin = weight_of_one(), weight_of_one()
-    runs = [(n, build_optimiser(n, plan(optimiser=name, learning_rate=0.1))) for n in (network, twin)]
-    for module, optimiser in runs:
-        train_step(module, optimiser, 2 * ONES, NO_CLASSES, settings())
-    with pytest.raises(TrainingError) as caught:
-        train_step(*runs[0], images, NO_CLASSES, settings(loss))
-    assert caught.value.code == "train.diverged"
-    assert "nan" in str(caught.value) or "inf" in str(caught.value)
-    assert torch.equal(network.weight, twin.weight)
-    # the moments and counts of the optimiser too: the next step is as if nothing had been
-    for module, optimiser in runs:
-        train_step(module, optimiser, 5 * ONES, NO_CLASSES, settings())
-    assert torch.equal(network.weight, twin.weight)
-    assert torch.isfinite(network.weight).all()
-
-
-def test_in_bfloat16_the_weights_stay_float32_and_the_loss_is_nearly_the_same():
-    results = {}
-    for precision in (torch.float32, torch.bfloat16):
-        network = build_vnet(NetworkPlan(kernel_size=3, width=4, convolutions=(1, 1)), 1, 2)
-        optimiser = build_optimiser(network, PLAIN)
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(2, 1, 8, 8, 8, generator=generator)
-        classes = (images[:, 0] > 0.5).long()
-        step = StepSettings(loss_function("dice+cross-entropy"), precision, 1.0)
-        results[precision] = [train_step(network, optimiser, images, classes, step) for _ in range(25)]
-        assert {p.dtype for p in network.parameters()} == {torch.float32}
-    np.testing.assert_allclose(results[torch.bfloat16][0], results[torch.float32][0], rtol=0.02)
-    for losses in results.values():
-        assert losses[-1] < 0.6 * losses[0], losses
-
-
-# --- running average
-
-
-def test_the_average_by_hand():
-    network = weight_of_one()
-    average = WeightAverage(network, decay=0.99)
-    # decays of 1/10, 2/11 and 3/12: 0.1 * 1 + 0.9 * 2, and so on
-    for step, (weight, expected) in enumerate([(2.0, 1.9), (13.0, 1.9 * 2 / 11 + 13 * 9 / 11), (4.0, None)], start=1):
-        before = average.state["weight"].item()
-        nn.init.constant_(network.weight, weight)
-        average.update(network, step)
-        expected = before * 3 / 12 + weight * 9 / 12 if expected is None else expected
-        assert average.state["weight"].item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_late_steps_have_the_plans_decay():
-    network = weight_of_one()
-    average = WeightAverage(network, decay=0.9)
-    nn.init.constant_(network.weight, 11.0)
-    average.update(network, 10_000)
-    assert average.state["weight"].item() == pytest.approx(0.9 * 1 + 0.1 * 11, rel=1e-6)
-
-
-def test_without_decay_the_average_is_the_network():
-    network = weight_of_one()
-    average = WeightAverage(network, decay=0.0)
-    nn.init.constant_(network.weight, 1 / 3)
-    average.update(network, 1)
-    assert torch.equal(average.state["weight"], network.weight)
-
-
-def test_the_average_is_a_copy_and_takes_counts_as_they_are():
-    network = nn.BatchNorm3d(1)
-    average = WeightAverage(network, decay=0.99)
-    network(torch.randn(2, 1, 2, 2, 2, generator=torch.Generator().manual_seed(0)) + 5)
-    assert average.state["running_mean"].item() == 0.0
-    average.update(network, 1)
-    assert average.state["num_batches_tracked"].item() == 1
-    assert average.state["running_mean"].item() == pytest.approx(0.9 * network.running_mean.item())
-    assert not any(value.requires_grad for value in average.state.values())
-    twin = nn.BatchNorm3d(1)
-    twin.load_state_dict(average.state)
 
 
 # --- gradients on grids smaller than the kernel

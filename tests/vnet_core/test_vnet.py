@@ -4,20 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from vnet_core.networks.vnet import (
-    Activation,
-    GroupNormalisation,
-    Stage,
-    VNet,
-    build_vnet,
-    count_macs,
-    count_parameters,
-    initialise,
-    padding,
-    receptive_field,
-    tiled,
-)
-from vnet_core.plan import NetworkPlan
+from vnet_core.networks.layers import GroupNormalisation, PReLU, Stage, tiled
+from vnet_core.networks.layout import count_macs, padding, receptive_field
+from vnet_core.networks.vnet import VNet, build_vnet, count_parameters, initialise
+from vnet_core.sections import NetworkPlan
 
 SMALL = NetworkPlan(kernel_size=3, width=4, convolutions=(1, 2, 2))
 NORMALISATIONS = ("none", "batch", "instance", "group")
@@ -114,7 +104,7 @@ def by_hand(network):
             module.convolution.weight.fill_(1 / 8)
         for module in network.up:
             module.convolution.weight.fill_(1.0)
-        network.head.weight.copy_(torch.eye(2)[:, :, None, None, None])
+        network.head.convolution.weight.copy_(torch.eye(2)[:, :, None, None, None])
     return network
 
 
@@ -203,8 +193,8 @@ def test_without_gradients_the_values_are_the_same(normalisation, channels):
 
 
 def test_activation_in_pieces(monkeypatch):
-    monkeypatch.setattr("vnet_core.networks.vnet.IN_PLACE_VALUES", 12)
-    activation = Activation(3)
+    monkeypatch.setattr("vnet_core.networks.layers.IN_PLACE_VALUES", 12)
+    activation = PReLU(3)
     with torch.no_grad():
         activation.weight.copy_(torch.tensor([0.5, 2.0, -1.0]))
         x = image(2, 3, 3, 2, 2).to(memory_format=torch.channels_last_3d)
@@ -253,9 +243,9 @@ def test_a_seed_decides_the_weights_and_the_global_state_is_left_alone():
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     initialise(b, seed=7)
-    assert not torch.equal(a.head.weight, b.head.weight)
+    assert not torch.equal(a.head.convolution.weight, b.head.convolution.weight)
     initialise(b, seed=0)
-    assert torch.equal(a.head.weight, b.head.weight)
+    assert torch.equal(a.head.convolution.weight, b.head.convolution.weight)
 
 
 def test_initialise_resets_normalisation():

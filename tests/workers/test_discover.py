@@ -170,6 +170,87 @@ def test_numbered_cases_of_several_channels(tmp_path):
     assert list(cases(tmp_path)) == ["amos_0001", "amos_0004"]
 
 
+def test_named_channels_are_the_endings_of_file_names(tmp_path):
+    """BraTS: one folder per patient, the label beside the four channels."""
+    for case in ("G_001", "G_002"):
+        touch(tmp_path, *(f"{case}/{case}_{end}.nii.gz" for end in ("flair", "t1", "t1ce", "t2", "seg")))
+    discovery = discover([str(tmp_path)], ("flair", "t1", "t1ce", "t2"))
+    assert [(c.id, [Path(p).name for p in c.channels], Path(c.label or "").name) for c in discovery.cases] == [
+        (
+            f"{case}-{case}",
+            [f"{case}_{end}.nii.gz" for end in ("flair", "t1", "t1ce", "t2")],
+            f"{case}_seg.nii.gz",
+        )
+        for case in ("G_001", "G_002")
+    ]
+    assert not problems(discovery)
+
+
+def test_named_channels_come_in_the_order_of_the_names(tmp_path):
+    touch(tmp_path, *(f"images/a_{end}.nii.gz" for end in ("t1", "t1c", "t2", "fla")), "labels/a.nii.gz")
+    touch(tmp_path, "images/b_t1.nii.gz")
+    (a, b) = discover([str(tmp_path)], ("t2", "fla", "t1", "t1c")).cases
+    assert [Path(p).name.split("_")[1] for p in a.channels] == [f"{e}.nii.gz" for e in ("t2", "fla", "t1", "t1c")]
+    assert Path(a.label or "").name == "a.nii.gz"
+    assert b.problem is not None
+    assert b.problem.code == "cohort.missing-channel"
+
+
+def test_the_four_channels_of_a_real_case(real_scans):
+    (case,) = discover([str(real_scans / "multichannel")], ("fla", "t1", "t1c", "t2")).cases
+    assert (case.id, case.problem) == ("TCGA-DU-7294", None)
+    assert [Path(p).name for p in case.channels] == [f"TCGA-DU-7294_{e}.nii.gz" for e in ("fla", "t1", "t1c", "t2")]
+    assert Path(case.label or "").name == "TCGA-DU-7294.nii.gz"
+
+
+def test_the_name_of_a_single_channel_changes_no_case(tmp_path):
+    touch(tmp_path, "a_CT.nii.gz")
+    assert [c.id for c in discover([str(tmp_path)], ("CT",)).cases] == ["a_CT"]
+
+
+# --- labels beside their images
+
+
+def test_promise12s_layout(tmp_path):
+    for number in range(3):
+        touch(tmp_path, *(f"Case0{number}{end}" for end in (".mhd", ".raw", "_segmentation.mhd", "_segmentation.raw")))
+    assert cases(tmp_path) == {f"Case0{n}": ([f"Case0{n}.mhd"], f"Case0{n}_segmentation.mhd") for n in range(3)}
+    assert not problems(found(tmp_path))
+
+
+def test_names_with_dots_or_raw_and_compressed_files_lose_nothing(tmp_path):
+    touch(tmp_path, "Case.00.nii.gz", "Case.00_segmentation.nii.gz", "raw_scan.nii.gz", "drawn.mha", "raw.nrrd")
+    touch(tmp_path, "segmentation.mha", "other_segmentation.mha")
+    assert cases(tmp_path) == {
+        "Case.00": (["Case.00.nii.gz"], "Case.00_segmentation.nii.gz"),
+        "drawn": (["drawn.mha"], None),
+        "other_segmentation": (["other_segmentation.mha"], None),
+        "raw": (["raw.nrrd"], None),
+        "raw_scan": (["raw_scan.nii.gz"], None),
+        "segmentation": (["segmentation.mha"], None),
+    }
+
+
+def test_a_second_label_of_a_case_stays_a_case(tmp_path):
+    touch(tmp_path, "a.mha", "a_segmentation.mha", "a_seg.mha")
+    assert cases(tmp_path) == {"a": (["a.mha"], "a_segmentation.mha"), "a_seg": (["a_seg.mha"], None)}
+
+
+def test_luna16s_layout(tmp_path):
+    """Masks of all 888 scans, of which only some were fetched."""
+    uids = [f"1.3.6.1.4.1.14519.5.2.1.6279.6001.{n}" for n in range(4)]
+    touch(tmp_path, *(f"subset{n}/{uids[n]}{end}" for n in (0, 1) for end in (".mhd", ".raw")), "annotations.csv")
+    touch(tmp_path, *(f"seg-lungs-LUNA16/{uids[n]}{end}" for n in (0, 2, 3) for end in (".mhd", ".zraw")))
+    assert cases(tmp_path) == {
+        f"subset0-{uids[0]}": ([f"{uids[0]}.mhd"], f"{uids[0]}.mhd"),
+        f"subset1-{uids[1]}": ([f"{uids[1]}.mhd"], None),
+    }
+    discovery = found(tmp_path)
+    assert "seg-lungs-LUNA16" in str(discovery.cases[0].label)
+    assert discovery.ignored == 2 + 3 + 1 + 2, "data files of scans and masks, the table, masks without a scan"
+    assert not problems(discovery)
+
+
 # --- cases that cannot be
 
 

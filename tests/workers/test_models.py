@@ -8,8 +8,9 @@ import torch
 
 from vnet_core.errors import ConfigError, StorageError
 from vnet_core.networks.vnet import build_vnet, initialise
-from vnet_core.plan import Label, NetworkPlan, Plan, TrainingPlan
-from workers.models import WEIGHTS, load_model, load_network, next_version, publish, versions
+from vnet_core.plan import Label, Plan
+from vnet_core.sections import NetworkPlan, TrainingPlan
+from workers.models import Target, load_model, load_networks, next_version, publish, versions
 from workers.store import RECEIPT, Root
 
 PLAN = Plan(
@@ -26,14 +27,14 @@ def root(tmp_path) -> Root:
 
 
 def state(seed: int = 0, plan: Plan = PLAN) -> dict[str, torch.Tensor]:
-    network = build_vnet(plan.network, len(plan.channels), plan.classes)
+    network = build_vnet(plan.network, len(plan.channels), plan.outputs)
     initialise(network, seed)
     return network.state_dict()
 
 
 def published(root: Root, version: str = "v1", seed: int = 0, plan: Plan = PLAN, **facts):
-    extra = {"facts": facts, "files": {"loss.png": b"png", "dice.csv": b"minutes\n"}}
-    return publish(root, "liver", version, plan, state(seed, plan), extra)
+    files = {"loss.png": b"png", "dice.csv": b"minutes\n"}
+    return publish(root, Target("liver", version, plan), [safetensors.torch.save(state(seed, plan))], facts, files)
 
 
 def error_of(kind, root: Root, reference: str):
@@ -48,7 +49,7 @@ def error_of(kind, root: Root, reference: str):
 def test_a_bundle_by_hand(root):
     model = published(root, metrics={"dice": 0.9})
     assert (model.name, model.version, model.reference, model.prefix) == ("liver", "v1", "liver@v1", "models/liver/v1")
-    assert root.names("models/liver/v1") == ["dice.csv", "loss.png", "model.json", RECEIPT, WEIGHTS]
+    assert root.names("models/liver/v1") == ["dice.csv", "loss.png", "model.json", RECEIPT, "weights.safetensors"]
     facts = root.get_json("models/liver/v1/model.json")
     assert facts == model.facts
     assert facts["channels"] == ["T1", "T2"]
@@ -61,25 +62,29 @@ def test_a_bundle_by_hand(root):
 
 def test_weights_come_back_to_the_last_bit(root):
     model = published(root, seed=3)
-    network = load_network(root, model)
+    (network,) = load_networks(root, model)
     assert not network.training
     assert network.channels == 2
-    assert network.classes == 3
+    assert network.outputs == 3
     for name, value in state(seed=3).items():
         assert torch.equal(network.state_dict()[name], value)
         assert network.state_dict()[name].dtype == value.dtype
 
 
-def test_weights_of_any_layout_can_be_published(root):
-    turned = {name: value.movedim(0, -1).contiguous().movedim(-1, 0) for name, value in state().items() if value.ndim}
-    publish(root, "liver", "v1", PLAN, {**state(), **turned}, {"facts": {}, "files": {}})
-    for name, value in load_network(root, load_model(root, "liver")).state_dict().items():
-        assert torch.equal(value, state()[name])
+def test_several_networks_make_one_model(root):
+    both = [safetensors.torch.save(state(seed)) for seed in (1, 2)]
+    model = publish(root, Target("liver", "v1", PLAN), both, {}, {})
+    assert model.facts["weights"] == ["weights-0.safetensors", "weights-1.safetensors"]
+    for seed, network in enumerate(load_networks(root, model), start=1):
+        for name, value in state(seed).items():
+            assert torch.equal(network.state_dict()[name], value)
+    other = publish(root, Target("liver", "v2", PLAN), both[::-1], {}, {})
+    assert other.digest != model.digest
 
 
 def test_weights_are_no_pickle(root):
     published(root)
-    raw = root.get(f"models/liver/v1/{WEIGHTS}")
+    raw = root.get("models/liver/v1/weights.safetensors")
     assert json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert set(safetensors.torch.load(raw)) == set(state())
 
@@ -153,7 +158,7 @@ def test_the_next_version_is_after_every_one_that_was_begun(root):
 # --- damage
 
 
-@pytest.mark.parametrize("file", [WEIGHTS, "model.json", "loss.png"])
+@pytest.mark.parametrize("file", ["weights.safetensors", "model.json", "loss.png"])
 def test_a_changed_file_is_named_and_nothing_is_loaded(root, file):
     published(root)
     path = root.path(f"models/liver/v1/{file}")
@@ -168,7 +173,7 @@ def test_a_changed_file_is_named_and_nothing_is_loaded(root, file):
 
 def test_lost_weights_are_named(root):
     published(root)
-    root.path(f"models/liver/v1/{WEIGHTS}").unlink()
+    root.path("models/liver/v1/weights.safetensors").unlink()
     code, message = error_of(StorageError, root, "liver@v1")
     assert code == "model.damaged"
-    assert WEIGHTS in message
+    assert "weights.safetensors" in message

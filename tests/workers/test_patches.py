@@ -6,9 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from vnet_core.plan import Label, NetworkPlan, Plan, TrainingPlan
+from vnet_core.augment import intensity_quantiles
+from vnet_core.errors import TrainingError
+from vnet_core.plan import Label, Plan
+from vnet_core.sections import AugmentationPlan, NetworkPlan, TrainingPlan
 from workers.arrays import write_arrays
-from workers.patches import FOREGROUND_VOXELS, BatchLoader, Share, TrainingVolume, batch_of, load_volume
+from workers.patches import (
+    FOREGROUND_VOXELS,
+    BatchLoader,
+    Share,
+    TrainingVolume,
+    batch_of,
+    classes_of,
+    load_volume,
+)
 from workers.store import Root
 
 PLAN = Plan(
@@ -17,18 +28,24 @@ PLAN = Plan(
     training=TrainingPlan(
         patch_size=(4, 6, 8),
         batch_size=4,
-        flip_axes=(0, 1, 2),
-        shift_voxels=2,
-        rotation_degrees=0,
-        scaling=0,
-        intensity=0,
+        augmentation=AugmentationPlan(
+            flip_axes=(0, 1, 2), shift_voxels=2, rotation_degrees=0, scaling=0, contrast=0, brightness=0, noise=0
+        ),
         seed=5,
     ),
 )
 
 
+def with_plan(**change) -> Plan:
+    return Plan.model_validate({**PLAN.model_dump(), **change})
+
+
 def with_training(**change) -> Plan:
-    return Plan.model_validate({**PLAN.model_dump(), "training": {**PLAN.training.model_dump(), **change}})
+    return with_plan(training={**PLAN.training.model_dump(), **change})
+
+
+def with_augmentation(**change) -> Plan:
+    return with_training(augmentation={**PLAN.training.augmentation.model_dump(), **change})
 
 
 def volume(number: int) -> TrainingVolume:
@@ -37,10 +54,24 @@ def volume(number: int) -> TrainingVolume:
     voxels = np.arange(np.prod(shape)).reshape(shape)
     classes = (voxels % 3).astype(np.uint8)
     image = (voxels + 10_000 * (number + 1)).astype(np.float32)
-    return TrainingVolume(image[None], classes, {1: np.argwhere(classes == 1), 2: np.argwhere(classes == 2)})
+    foreground = {1: np.argwhere(classes == 1), 2: np.argwhere(classes == 2)}
+    return TrainingVolume(image[None], classes, foreground, intensity_quantiles(image[None]))
 
 
-RANDOM = with_training(rotation_degrees=20, scaling=0.2, intensity=0.3)
+RANDOM = with_augmentation(
+    rotation_degrees=20,
+    scaling=0.2,
+    bspline_voxels=2,
+    elastic_voxels=1,
+    histogram_matching=0.5,
+    contrast=0.3,
+    brightness=0.3,
+    gamma=0.3,
+    noise=0.1,
+    blur_voxels=1,
+    low_resolution=0.5,
+    probability=0.7,
+)
 VOLUMES = [volume(number) for number in range(3)]
 ALONE = Share(0, 1)
 
@@ -48,17 +79,71 @@ ALONE = Share(0, 1)
 # --- loading
 
 
-def test_labels_become_classes_and_unknown_values_background(tmp_path):
+LABEL = np.array([0, 2, 7, 1, 9, 255, 2, 0], np.uint8).reshape(2, 2, 2)
+
+
+def written(tmp_path, label: np.ndarray) -> Root:
     root = Root(tmp_path)
-    label = np.array([0, 2, 7, 1, 9, 255, 2, 0], np.uint8).reshape(2, 2, 2)
-    image = np.arange(16, dtype=np.float32).reshape(2, 2, 2, 2)
+    image = np.arange(2 * label.size, dtype=np.float32).reshape(2, *label.shape)
     write_arrays(root, "v", {"image": image, "label": label}, {})
-    loaded = load_volume(root, "v", PLAN)
+    return root
+
+
+def test_labels_become_classes_and_other_values_background_where_the_plan_says_so(tmp_path):
+    loaded = load_volume(written(tmp_path, LABEL), "v", with_plan(other_labels="background"))
     np.testing.assert_array_equal(loaded.classes.ravel(), [0, 1, 2, 0, 0, 0, 1, 0])
     assert loaded.classes.dtype == np.uint8
-    np.testing.assert_array_equal(loaded.image, image)
+    np.testing.assert_array_equal(loaded.image.ravel(), np.arange(16))
     np.testing.assert_array_equal(loaded.foreground[1], [[0, 0, 1], [1, 1, 0]])
     np.testing.assert_array_equal(loaded.foreground[2], [[0, 1, 0]])
+    assert loaded.quantiles is None
+
+
+def test_other_values_are_refused_with_their_numbers(tmp_path):
+    with pytest.raises(TrainingError, match=r"volume v holds 1, 9, 255, the plan names \[2, 7\]; add") as caught:
+        load_volume(written(tmp_path, LABEL), "v", PLAN)
+    assert caught.value.code == "train.label-value"
+    with pytest.raises(TrainingError, match=r"holds 1, 9, the plan names \[2, 7\] and 255 to ignore"):
+        load_volume(written(tmp_path, LABEL), "v", with_plan(ignore_label=255))
+
+
+def test_of_many_other_values_ten_are_shown():
+    label = np.arange(1000, dtype=np.uint16).reshape(10, 10, 10)
+    with pytest.raises(TrainingError, match=r"holds 1, 3, 4, 5, 6, 8, 9, 10, 11, 12, \.\.\., the"):
+        classes_of(label, PLAN, "v")
+
+
+def test_ignored_voxels_are_one_past_the_last_class_and_no_foreground(tmp_path):
+    label = np.where(np.isin(LABEL, [1, 9]), 0, LABEL)
+    plan = with_plan(ignore_label=255)
+    loaded = load_volume(written(tmp_path, label), "v", plan)
+    np.testing.assert_array_equal(loaded.classes.ravel(), [0, 1, 2, 0, 0, plan.ignored_class, 1, 0])
+    assert set(loaded.foreground) == {1, 2}
+    below = with_plan(ignore_label=1)  # a value below the labels
+    np.testing.assert_array_equal(classes_of(LABEL % 8, below, "v").ravel(), [0, 1, 2, 3, 3, 2, 1, 0])
+
+
+def test_a_label_above_what_the_map_can_hold_is_no_error():
+    plan = with_plan(labels=[{"value": 2, "name": "a"}, {"value": 700, "name": "b"}], other_labels="background")
+    np.testing.assert_array_equal(classes_of(LABEL, plan, "v").ravel(), [0, 1, 0, 0, 0, 0, 1, 0])
+
+
+@pytest.mark.parametrize(("labels", "ignore", "dtype"), [(255, None, np.uint8), (255, 999, np.uint16)])
+def test_as_many_bits_as_classes_need(labels, ignore, dtype):
+    plan = with_plan(labels=[{"value": v, "name": str(v)} for v in range(1, labels + 1)], ignore_label=ignore)
+    label = np.full((1, 1, 2), 255, np.uint16)
+    label[0, 0, 1] = ignore or 1
+    classes = classes_of(label, plan, "v")
+    assert classes.dtype == dtype
+    assert classes.ravel().tolist() == [255, 256 if ignore else 1]
+    volume = TrainingVolume(np.ones((1, 1, 1, 2), np.float32), classes, {})
+    assert int(batch_of([volume], plan, 0, ALONE)[1].max()) == (256 if ignore else 255)
+
+
+def test_quantiles_are_kept_where_histograms_are_matched(tmp_path):
+    plan = Plan.model_validate({**with_augmentation(histogram_matching=1).model_dump(), "other_labels": "background"})
+    loaded = load_volume(written(tmp_path, LABEL), "v", plan)
+    np.testing.assert_array_equal(loaded.quantiles, intensity_quantiles(loaded.image))
 
 
 def test_a_case_without_labelled_voxels_has_no_foreground(tmp_path):
@@ -143,10 +228,37 @@ def test_every_volume_is_seen_once_per_epoch_in_changing_order():
 
 def test_one_volume_smaller_than_the_patch_is_enough():
     small = TrainingVolume(np.full((1, 2, 3, 9), 5, np.float32), np.ones((2, 3, 9), np.uint8), {})
-    images, classes = batch_of([small], with_training(shift_voxels=0), 0, ALONE)
+    images, classes = batch_of([small], with_augmentation(shift_voxels=0), 0, ALONE)
     assert images.shape == (4, 1, 4, 6, 8)
     assert ((images[:, 0] == 5) == (classes == 1)).all()
     assert classes.sum() == 4 * 2 * 3 * 8
+
+
+def test_a_turned_patch_sees_what_surrounds_it():
+    """A volume of ones that is larger than the patch leaves no black corner."""
+    ones = np.ones((24, 24, 24))
+    large = TrainingVolume(ones[None].astype(np.float32), ones.astype(np.uint8), {})
+    plan = with_augmentation(rotation_degrees=30, scaling=0.2, bspline_voxels=1, shift_voxels=0)
+    centred = Plan.model_validate(
+        {**plan.model_dump(), "training": {**plan.training.model_dump(), "foreground_fraction": 1.0}}
+    )
+    middle = TrainingVolume(large.image, large.classes, {1: np.array([[12, 12, 12]])})
+    for step in range(5):
+        images, classes = batch_of([middle], centred, step, ALONE)
+        assert float(images.min()) > 0.999
+        assert (classes == 1).all()
+
+
+def test_histograms_are_matched_to_another_volume_of_the_training_set():
+    """Each volume holds other numbers; matched, a patch of one holds those of any."""
+    plan = with_augmentation(histogram_matching=1)
+    found = {int(image.max()) // 10_000 for step in range(9) for image in batch_of(VOLUMES[:2], plan, step, ALONE)[0]}
+    pairs = set()
+    for step in range(9):
+        matched, plain = (batch_of(VOLUMES[:2], p, step, ALONE)[0] for p in (plan, PLAN))
+        pairs |= {(int(a.max()) // 10_000, int(b.max()) // 10_000) for a, b in zip(plain, matched, strict=True)}
+    assert found == {1, 2}
+    assert pairs == {(1, 1), (1, 2), (2, 1), (2, 2)}
 
 
 # --- the loader's thread
@@ -166,6 +278,43 @@ def test_the_loader_gives_the_batches_in_order_from_any_step():
                 assert torch.equal(classes, expected[1])
         finally:
             loader.close()
+
+
+def test_the_training_threads_keep_their_number():
+    before = torch.get_num_threads()
+    loader = BatchLoader(VOLUMES, RANDOM, ALONE, 0)
+    next(iter(loader))
+    loader.close()
+    assert torch.get_num_threads() == before
+
+
+def test_the_loader_counts_how_long_the_training_waited():
+    loader = BatchLoader(VOLUMES, PLAN, ALONE, 0)
+    try:
+        assert loader.waited_seconds == 0
+        for _ in zip(range(3), loader, strict=False):
+            pass
+        assert 0 < loader.waited_seconds < 30
+    finally:
+        loader.close()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_batches_are_made_there():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    device = torch.device("cuda")
+    loader = BatchLoader(VOLUMES, PLAN, ALONE, 0, device)
+    try:
+        for step, (images, classes) in zip(range(6), loader, strict=False):
+            expected = batch_of(VOLUMES, PLAN, step, ALONE)
+            assert images.is_cuda
+            assert torch.equal(images.cpu(), expected[0])
+            assert torch.equal(classes.cpu(), expected[1])
+        one, two = (batch_of(VOLUMES, RANDOM, 3, ALONE, device)[0] for _ in range(2))
+        assert torch.equal(one, two)
+    finally:
+        loader.close()
 
 
 def test_closing_ends_the_thread_even_when_nothing_was_taken():

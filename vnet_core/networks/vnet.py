@@ -1,168 +1,180 @@
-"""The V-Net of Milletari, Navab and Ahmadi (2016), and its arithmetic.
+"""The V-Net of Milletari, Navab and Ahmadi (2016) and the networks that were made of it.
 
     image -- L1 ---------------------- skip ---------------------- R1 -- head -- logits
              down -- L2 -------------- skip -------------- R2 -- up
                      down -- L3 ------ skip ------ R3 -- up
                              down -- bottom -- up
 
-A stage (L1, L2, ..., bottom, ..., R1) is a row of k^3 convolutions: what enters it is added after its last
-convolution, then comes the last activation. What enters a decoder stage is [upsampled, skip], concatenated.
+A stage (L1, L2, ..., bottom, ..., R1) is a row of k^3 convolutions around which what enters is added. What enters a
+stage of the way up is [upsampled, skip], concatenated. :class:`vnet_core.sections.NetworkPlan` has the settings:
 
-B batch, C input channel, K class, Z Y X voxels.
+- `residual`: plain          act(conv(... act(conv(x))) + x)
+              activated      act(act(conv(... act(conv(x)))) + x); plain where the image itself is what is added
+              projected      act(conv(... act(conv(x)))) + conv1(x)
+- where a stage is wider than what enters, that is added tiled; where it is narrower, its first channels are.
+- `deep_supervision`: every stage of the way up but R1 has a 1^3 convolution to the outputs.
+              auxiliary      in training these are outputs of their own
+              aggregate      each is doubled to the next finer grid and added there, at last to the head's convolution:
+                             one 1^3 convolution of all features at full resolution, for a share of the memory
+
+B batch, C input channel, K output, Z Y X voxels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
-from math import gcd, prod, sqrt
+from math import prod, sqrt
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vnet_core.geometry import Shape
-from vnet_core.plan import NetworkPlan
-
-PRELU_SLOPE = 0.25
-"""Slope of PReLU for negative values before training."""
-NORMALISATION_GROUPS = 8
-"""Most groups of the normalisation `group`; fewer where the channels do not divide by it."""
-IN_PLACE_VALUES = 2**20
-"""Values that an activation in place works on at a time: few enough to stay in the cache of a processor."""
+from vnet_core.networks.layers import (
+    ChannelDropout,
+    Convolved,
+    Doubled,
+    Maximum,
+    Noise,
+    RandomLayer,
+    Stage,
+    activation,
+    bfloat16_goes_wrong,
+    normalisation,
+    tiled,
+)
+from vnet_core.networks.layout import (
+    decoder_widths,
+    encoder_widths,
+    entering_widths,
+    padding,
+    rising_widths,
+    widths_below,
+)
+from vnet_core.sections import NetworkPlan
 
 
 class VNet(nn.Module):
-    """A V-Net; made by :func:`build_vnet`."""
+    """A network of the V-Net family; made by :func:`build_vnet`."""
 
-    def __init__(self, plan: NetworkPlan, channels: int, classes: int) -> None:
+    def __init__(self, plan: NetworkPlan, channels: int, outputs: int) -> None:
         super().__init__()
         self.plan = plan
         self.channels = channels
-        self.classes = classes
-        widths = encoder_widths(plan)
-        counts = plan.convolutions
+        self.outputs = outputs
+        widths, above = encoder_widths(plan), decoder_widths(plan)
+        deep = plan.dropout if plan.dropout_at == "deep-and-skips" else 0.0
+        self.noise = Noise(plan.noise) if plan.noise else nn.Identity()
+        self.expansion = _expansion(plan, channels)
         self.encoder = nn.ModuleList(
-            Stage(plan, channels if level == 0 else width, width, counts[level]) for level, width in enumerate(widths)
+            Stage(_stage_plan(plan, level), entering, width, count, deep if _is_deep(plan, level) else 0.0)
+            for level, (entering, width, count) in enumerate(
+                zip(entering_widths(plan, channels), widths, plan.convolutions, strict=True)
+            )
         )
-        self.down = nn.ModuleList(
-            Resize(plan, nn.Conv3d(above, below, 2, stride=2)) for above, below in pairwise(widths)
-        )
-        # What comes up is as wide as the skip beside it; what it comes from is twice as wide as the encoder there,
-        # except at the bottom, which has no skip.
+        self.down = nn.ModuleList(_down(plan, fine, coarse) for fine, coarse in pairwise(widths))
         self.up = nn.ModuleList(
-            Resize(plan, nn.ConvTranspose3d(below, width, 2, stride=2))
-            for width, below in zip(widths, [*(2 * w for w in widths[1:-1]), widths[-1]], strict=False)
+            _up(plan, below, rising) for below, rising in zip(widths_below(plan), rising_widths(plan), strict=True)
         )
         self.decoder = nn.ModuleList(
-            Stage(plan, 2 * width, 2 * width, count) for width, count in zip(widths[:-1], counts[:-1], strict=True)
+            Stage(plan, rising + skip, width, count)
+            for rising, skip, width, count in zip(
+                rising_widths(plan), widths[:-1], above, plan.convolutions_up, strict=True
+            )
         )
-        self.head = nn.Conv3d(2 * plan.width, classes, 1)
+        self.rising_dropout = nn.ModuleList(
+            ChannelDropout(deep) if deep and _is_deep(plan, level + 1) else nn.Identity() for level in range(len(above))
+        )
+        self.skip_dropout = ChannelDropout(deep) if deep else nn.Identity()
+        self.head = Head(plan, above[0], outputs)
+        coarse = above[1:] if plan.deep_supervision != "none" else []
+        auxiliary = plan.deep_supervision == "auxiliary"
+        self.coarse = nn.ModuleList(nn.Conv3d(width, outputs, 1, bias=auxiliary) for width in coarse)
+        self.doubled = Doubled("nearest" if plan.upsampling == "nearest" else "linear")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Logits (B, K, Z, Y, X) of an image ``x`` (B, C, Z, Y, X), both of the weights' floating dtype.
 
         An axis that is not a multiple of ``plan.divisor`` is extended with zeros, as evenly on both sides as possible
         (so are training patches that reach beyond their volume), and the logits are cropped back.
+
+        In training mode with auxiliary deep supervision: a tuple of those and the logits of the coarser stages of the
+        way up, ``plan.levels - 1`` in all, each on half the grid of the one before, so of an image whose axes are
+        multiples of ``plan.divisor`` (B, K, Z / 2, Y / 2, X / 2) and so on; of others, on the extended grid.
         """
         shape = x.shape[2:]
         before, after = padding(shape, self.plan.divisor)
         if any(after):
             ends = [n for axis in (2, 1, 0) for n in (before[axis], after[axis])]
             x = F.pad(x, ends)
+        x = self.expansion(self.noise(x))
         skips: list[Tensor] = []
         for stage, down in zip(self.encoder, self.down, strict=False):
             skips.append(stage(x))
             x = down(skips[-1])
         x = self.encoder[-1](x)
-        for stage, up in zip(reversed(self.decoder), reversed(self.up), strict=True):
-            x = up(x)
-            x = torch.cat([x, skips.pop()], dim=1)
-            x = stage(x)
+        auxiliary: list[Tensor] = []
+        joined: Tensor | None = None
+        for level in reversed(range(len(skips))):
+            x = self.up[level](self.rising_dropout[level](x))
+            x = torch.cat([x, self.skip_dropout(skips.pop())], dim=1)
+            x = self.decoder[level](x)
+            if level and self.plan.deep_supervision == "aggregate":
+                told = self.coarse[level - 1](x)
+                joined = self.doubled(told if joined is None else told + joined)
+            elif level and self.plan.deep_supervision == "auxiliary" and self.training:
+                auxiliary.insert(0, self.coarse[level - 1](x))
         window = tuple(slice(b, b + n) for b, n in zip(before, shape, strict=True))
-        return self.head(x)[(..., *window)]
+        logits: Tensor = self.head(x, joined)[(..., *window)]
+        if self.plan.deep_supervision == "auxiliary" and self.training:
+            return logits, *auxiliary
+        return logits
+
+    def reseed(self, seed: int) -> None:
+        """What dropout and noise draw from now on depends on ``seed`` alone.
+
+        Without it they go on from where they are, from seed 0 in a new network; the layers draw independently.
+        """
+        layers = [module for module in self.modules() if isinstance(module, RandomLayer)]
+        seeds = torch.randint(2**62, (len(layers),), generator=torch.Generator().manual_seed(seed))
+        for layer, own in zip(layers, seeds.tolist(), strict=True):
+            layer.chance.reseed(own)
 
 
-class Stage(nn.Module):
-    """``count`` convolutions to ``width`` channels, around which the ``entering`` channels are added."""
+class Head(nn.Module):
+    """From the features of the last stage to logits: a 1^3 convolution, or a larger one, its activation, and that."""
 
-    def __init__(self, plan: NetworkPlan, entering: int, width: int, count: int) -> None:
+    def __init__(self, plan: NetworkPlan, width: int, outputs: int) -> None:
         super().__init__()
-        k = plan.kernel_size
+        k = plan.head_kernel_size
         self.kernel_size = k
-        self.width = width
-        self.convolutions = nn.ModuleList(
-            nn.Conv3d(entering if i == 0 else width, width, k, padding=k // 2) for i in range(count)
-        )
-        self.normalisations = nn.ModuleList(_normalisation(plan, width) for _ in range(count))
-        self.activations = nn.ModuleList(Activation(width, PRELU_SLOPE) for _ in range(count))
+        self.convolution = nn.Conv3d(width, outputs, k, padding=k // 2)
+        if k == 1:
+            self.after: nn.Module = nn.Identity()
+        else:
+            followers = (normalisation(plan, outputs), activation(plan, outputs), nn.Conv3d(outputs, outputs, 1))
+            self.after = nn.Sequential(*followers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, width, Z, Y, X) from ``x`` (B, entering, Z, Y, X)."""
-        if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and min(x.shape[2:]) < self.kernel_size:
-            # oneDNN's bfloat16 gradient of such a kernel is wrong on a grid smaller than it (seen in torch 2.13)
+    def forward(self, x: Tensor, joined: Tensor | None) -> Tensor:
+        """(B, K, Z, Y, X) from ``x`` (B, C, Z, Y, X); ``joined`` (B, K, Z, Y, X) is added to the first convolution."""
+        if bfloat16_goes_wrong(x, self.kernel_size):
             with torch.autocast("cpu", enabled=False):
-                return self._convolve(x.float())
-        return self._convolve(x)
+                return self._convolve(x.float(), joined)
+        return self._convolve(x, joined)
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        entering = tiled(x, self.width)
-        layers = list(zip(self.convolutions, self.normalisations, self.activations, strict=True))
-        for convolution, normalisation, activation in layers[:-1]:
-            x = activation(normalisation(convolution(x)))
-        convolution, normalisation, activation = layers[-1]
-        x = normalisation(convolution(x))
-        x = x + entering if torch.is_grad_enabled() else x.add_(entering)
-        return activation(x)
+    def _convolve(self, x: Tensor, joined: Tensor | None) -> Tensor:
+        x = self.convolution(x)
+        if joined is not None:
+            x = x + joined
+        return self.after(x)
 
 
-class Resize(nn.Module):
-    """A convolution that halves or doubles the grid, with what follows every convolution."""
-
-    def __init__(self, plan: NetworkPlan, convolution: nn.Conv3d | nn.ConvTranspose3d) -> None:
-        super().__init__()
-        self.convolution = convolution
-        self.normalisation = _normalisation(plan, convolution.out_channels)
-        self.activation = Activation(convolution.out_channels, PRELU_SLOPE)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, out, Z', Y', X') from ``x`` (B, in, Z, Y, X)."""
-        return self.activation(self.normalisation(self.convolution(x)))
-
-
-class Activation(nn.PReLU):
-    """PReLU with one slope per channel. Without gradients it may overwrite what it is given."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The values of ``torch.nn.PReLU`` of ``x`` (B, C, Z, Y, X)."""
-        if torch.is_grad_enabled():
-            return super().forward(x)
-        # With channels last a row of voxels lies together with all its channels: seen as a row of X * C channels the
-        # kernel runs over long vectors, and piece by piece the result can go where the input was.
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        values = x.shape[1] * x.shape[4]
-        rows = x.permute(0, 2, 3, 4, 1).view(-1, values)
-        slopes = self.weight.repeat(x.shape[4])
-        for piece in rows.split(max(1, IN_PLACE_VALUES // values)):
-            piece.copy_(F.prelu(piece, slopes))
-        return x
-
-
-class GroupNormalisation(nn.GroupNorm):
-    """Group normalisation that also takes a single voxel, where it gives its offset."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, Z, Y, X) from the same."""
-        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-
-
-def build_vnet(plan: NetworkPlan, channels: int, classes: int) -> VNet:
+def build_vnet(plan: NetworkPlan, channels: int, outputs: int) -> VNet:
     """The network of a plan, float32, with the weights of ``initialise(network, seed=0)``.
 
-    ``channels`` of the image in, ``classes`` out with background. The global random state is neither read nor moved.
+    ``channels`` of the image in, ``outputs`` out. The global random state is neither read nor moved.
     """
     with torch.device("meta"):
-        network = VNet(plan, channels, classes)
+        network = VNet(plan, channels, outputs)
     network.to_empty(device="cpu")
     initialise(network, seed=0)
     return network
@@ -171,70 +183,40 @@ def build_vnet(plan: NetworkPlan, channels: int, classes: int) -> VNet:
 def initialise(network: VNet, seed: int) -> None:
     """Set every weight as before training; one seed gives the same weights on every machine.
 
-    Convolutions, transposed ones too, are normal with variance 2 / ((fan_in + fan_out) / 2), where a fan is the
-    channels times the voxels of the kernel; biases are 0, slopes 0.25, normalisations the identity.
+    Weights of convolutions, transposed ones too, have mean 0. With fan_in and fan_out the channels times the voxels of
+    the kernel, their variance is: `msra-average` 2 / ((fan_in + fan_out) / 2), normal; `kaiming` 2 / n, normal, with n
+    the values that reach one value (He et al. 2015: fan_in, of a transposed convolution its channels);
+    `xavier-uniform` and `xavier-normal` 2 / (fan_in + fan_out) (Glorot and Bengio 2010). Biases are 0, slopes of PReLU
+    0.25, normalisations the identity. The random layers are reseeded.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
-            mean_fan = (module.in_channels + module.out_channels) * prod(module.kernel_size) / 2
-            with torch.no_grad():
-                module.weight.normal_(0.0, sqrt(2 / mean_fan), generator=generator)
-            assert module.bias is not None
-            nn.init.zeros_(module.bias)
+            _draw(module, network.plan, generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.PReLU | nn.BatchNorm3d | nn.GroupNorm):
             module.reset_parameters()
+    network.reseed(seed)
 
 
-def tiled(x: Tensor, width: int) -> Tensor:
-    """The channels of ``x`` (B, C, Z, Y, X) over and over, in order, until there are ``width``; a view where possible.
-
-    Three channels a b c become a b c a b at a width of five, and a b at a width of two.
-    """
-    channels = x.shape[1]
-    if channels == 1:
-        return x.expand(-1, width, -1, -1, -1)
-    if channels >= width:
-        return x[:, :width]
-    return x[:, [i % channels for i in range(width)]]
-
-
-def padding(shape: tuple[int, ...], divisor: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Voxels to add before and after each axis to reach a multiple of ``divisor``; the odd one comes after."""
-    missing = tuple(-n % divisor for n in shape)
-    return tuple(m // 2 for m in missing), tuple(m - m // 2 for m in missing)
-
-
-def padded(shape: Shape, divisor: int) -> Shape:
-    """The grid that ``shape`` is computed on: every axis up to the next multiple of ``divisor``."""
-    z, y, x = (-(-n // divisor) * divisor for n in shape)
-    return z, y, x
-
-
-def encoder_widths(plan: NetworkPlan) -> list[int]:
-    """Channels of the encoder's stages, from full resolution to the bottom."""
-    return [plan.width * 2**level for level in range(plan.levels)]
-
-
-def receptive_field(plan: NetworkPlan) -> list[int]:
-    """Voxels along an axis that reach one value after each stage: L1 to the bottom, then R to R1, then the head.
-
-    A convolution adds (k - 1) steps of its grid; a down convolution one step, after which steps are twice as long; a
-    transposed convolution halves the step and adds one.
-    """
-    k, field, step = plan.kernel_size, 1, 1
-    fields = []
-    for level, count in enumerate(plan.convolutions):
-        if level:
-            field += step
-            step *= 2
-        field += count * (k - 1) * step
-        fields.append(field)
-    for count in reversed(plan.convolutions[:-1]):
-        step //= 2
-        field += step + count * (k - 1) * step
-        fields.append(field)
-    return [*fields, field]
+def _draw(module: nn.Conv3d | nn.ConvTranspose3d, plan: NetworkPlan, generator: torch.Generator) -> None:
+    """Random weights of one convolution; see :func:`initialise`."""
+    taps = prod(module.kernel_size)
+    both_fans = (module.in_channels + module.out_channels) * taps
+    with torch.no_grad():
+        match plan.initialisation:
+            case "msra-average":
+                module.weight.normal_(0.0, sqrt(2 / (both_fans / 2)), generator=generator)
+            case "kaiming":
+                reaching = module.in_channels * (1 if isinstance(module, nn.ConvTranspose3d) else taps)
+                module.weight.normal_(0.0, sqrt(2 / reaching), generator=generator)
+            case "xavier-uniform":
+                # a uniform distribution within +-a has the variance a^2 / 3
+                bound = sqrt(6 / both_fans)
+                module.weight.uniform_(-bound, bound, generator=generator)
+            case "xavier-normal":
+                module.weight.normal_(0.0, sqrt(2 / both_fans), generator=generator)
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -242,36 +224,47 @@ def count_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
-def count_macs(plan: NetworkPlan, channels: int, classes: int, shape: Shape) -> int:
-    """Multiply-accumulates of one volume (z, y, x) through the network, on the padded grid; convolutions only."""
-    voxels = prod(padded(shape, plan.divisor))
-    total = 0
-    for level, entering, leaving, kernel_voxels in convolutions(plan, channels, classes):
-        total += voxels // 8**level * entering * leaving * kernel_voxels
-    return total
+def _expansion(plan: NetworkPlan, channels: int) -> nn.Module:
+    """From the image to what enters the first stage."""
+    if plan.entry == "tiled":
+        return nn.Identity()
+    if channels == 1:
+        return Tiling(plan.width)
+    k = plan.kernel_size
+    return Convolved(plan, nn.Conv3d(channels, plan.width, k, padding=k // 2))
 
 
-def convolutions(plan: NetworkPlan, channels: int, classes: int) -> Iterator[tuple[int, int, int, int]]:
-    """Of every convolution: the level on whose grid it steps, channels in, channels out, voxels of its kernel."""
-    widths, k3 = encoder_widths(plan), plan.kernel_size**3
-    for level, (width, count) in enumerate(zip(widths, plan.convolutions, strict=True)):
-        yield level, channels if level == 0 else width, width, k3
-        yield from [(level, width, width, k3)] * (count - 1)
-        if level == plan.levels - 1:
-            break
-        yield level + 1, width, 2 * width, 8
-        yield level + 1, (2 if level == plan.levels - 2 else 4) * width, width, 8
-        yield from [(level, 2 * width, 2 * width, k3)] * count
-    yield 0, 2 * plan.width, classes, 1
+class Tiling(nn.Module):
+    """See :func:`vnet_core.networks.layers.tiled`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, Z, Y, X) from (B, C, Z, Y, X)."""
+        return tiled(x, self.width)
 
 
-def _normalisation(plan: NetworkPlan, width: int) -> nn.Module:
-    match plan.normalisation:
-        case "none":
-            return nn.Identity()
-        case "batch":
-            return nn.BatchNorm3d(width)
-        case "instance":
-            return GroupNormalisation(width, width)
-        case "group":
-            return GroupNormalisation(gcd(NORMALISATION_GROUPS, width), width)
+def _stage_plan(plan: NetworkPlan, level: int) -> NetworkPlan:
+    """Settings of a stage of the way down: where the image itself is added, it is before the only activation."""
+    if level == 0 and plan.entry == "tiled" and plan.residual == "activated":
+        return plan.model_copy(update={"residual": "plain"})
+    return plan
+
+
+def _is_deep(plan: NetworkPlan, level: int) -> bool:
+    """Whether a level is one of the two deepest, never that of the image."""
+    return level >= max(1, plan.levels - 2)
+
+
+def _down(plan: NetworkPlan, fine: int, coarse: int) -> nn.Module:
+    if plan.downsampling == "maximum":
+        return Maximum()
+    return Convolved(plan, nn.Conv3d(fine, coarse, 2, stride=2))
+
+
+def _up(plan: NetworkPlan, below: int, rising: int) -> nn.Module:
+    if plan.upsampling == "transposed":
+        return Convolved(plan, nn.ConvTranspose3d(below, rising, 2, stride=2))
+    return Doubled(plan.upsampling)

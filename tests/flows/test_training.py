@@ -1,0 +1,126 @@
+"""Training by the command line: folds that become one model, another model to start from, presets and reasons."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.numpy
+
+from tests.conftest import Walkthrough
+from tests.flows.test_commands import run
+from workers.models import load_model, load_networks
+from workers.store import Root
+
+PLAN = """
+[preprocess]
+spacing_mm = [3.0, 3.0, 3.0]
+
+[network]
+kernel_size = 3
+width = 4
+convolutions = [1, 1, 1]
+
+[training]
+patch_size = [24, 24, 24]
+batch_size = 2
+learning_rate = 0.01
+"""
+
+
+@pytest.fixture(scope="module")
+def root(walkthrough: Walkthrough, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    (folder / "plan.toml").write_text(PLAN)
+    return walkthrough.copy_root(folder / "vnet-data")
+
+
+def train(root: Path, *arguments: str) -> dict[str, Any]:
+    plan = str(root.parent / "plan.toml")
+    done = run("train", "--cohort", "training", "--plan", plan, *arguments, "--json", root=root)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def folded(root: Path) -> dict[str, Any]:
+    return train(root, "--model", "folded", "--folds", "2", "--steps", "60")
+
+
+def test_folds_become_one_model_that_was_judged_on_every_case(root: Path, folded: dict[str, Any]) -> None:
+    assert folded["training"]["folds"] == 2
+    model = load_model(Root(str(root)), "folded")
+    networks = load_networks(Root(str(root)), model)
+    assert len(networks) == 2
+    states = [network.state_dict() for network in networks]
+    assert any(not (states[0][name] == states[1][name]).all() for name in states[0])
+    judged = model.facts["metrics"]["case_dice"]
+    assert sorted(judged) == model.facts["training"]["validation_cases"] == model.facts["training"]["training_cases"]
+    assert len(judged) > 2
+    means = [sum(row[i] for row in judged.values()) / len(judged) for i in range(len(model.plan.labels))]
+    assert list(model.facts["metrics"]["validation_dice"].values()) == pytest.approx(means)
+    # a reason for every label, whatever was chosen
+    assert len(model.facts["cleaning"]) == len(model.plan.labels)
+    assert {cleaning.label for cleaning in model.plan.inference.cleaning} <= {la.value for la in model.plan.labels}
+
+
+def test_a_model_of_several_networks_segments(root: Path, folded: dict[str, Any]) -> None:
+    done = run("segment", "--cohort", "tonight", "--model", "folded", "--json", root=root)
+    assert done.returncode in (0, 3), done.stderr
+    states = [case["state"] for case in json.loads(done.stdout)["cases"]]
+    assert "computed" in states
+
+
+def test_folds_go_on_where_they_stood(root: Path, folded: dict[str, Any]) -> None:
+    # the second fold's last figures and the bundle are lost: nothing but that is made again
+    store = Root(str(root))
+    before = [store.get(f"models/folded/v1/weights-{fold}.safetensors") for fold in range(2)]
+    first = store.path("training/folded/v1/fold-0/fitted/receipt.json").stat().st_mtime_ns
+    store.delete("models/folded")
+    store.delete("training/folded/v1/fold-1/fitted")
+    train(root, "--model", "folded", "--resume")
+    assert [store.get(f"models/folded/v1/weights-{fold}.safetensors") for fold in range(2)] == before
+    assert store.path("training/folded/v1/fold-0/fitted/receipt.json").stat().st_mtime_ns == first
+
+
+def test_a_training_that_starts_from_a_model(root: Path) -> None:
+    first = train(root, "--model", "first", "--steps", "40")
+    second = train(root, "--model", "second", "--from", "first", "--steps", "1")
+    facts = load_model(Root(str(root)), "second").facts
+    assert facts["training"]["started_from"] == first["model"]
+    old, new = (
+        safetensors.numpy.load_file(root / "models" / name / "v1" / "weights.safetensors")
+        for name in ("first", "second")
+    )
+    # one step in, still nearly the weights of the first model
+    largest = max(abs(old[name] - new[name]).max() for name in old)
+    assert 0 < largest < 0.05
+    assert second["training"]["steps"] == 1
+
+
+def test_refusals_say_what_would_work(root: Path) -> None:
+    plan = root.parent / "large.toml"
+    plan.write_text(PLAN.replace("batch_size = 2", "batch_size = 200000"))
+    large = run("train", "--cohort", "training", "--model", "x", "--plan", str(plan), "--steps", "1", root=root)
+    assert large.returncode == 2
+    assert "plan.memory" in large.stderr
+    assert "use training.batch_size" in large.stderr
+    many = run("train", "--cohort", "training", "--model", "x", "--folds", "19", "--steps", "1", root=root)
+    assert many.returncode == 4
+    assert "train.folds" in many.stderr
+    both = run(
+        "train", "--cohort", "training", "--model", "x", "--folds", "2", "--workers", "2", "--steps", "1", root=root
+    )
+    assert both.returncode == 2
+    assert "leave out --workers" in both.stderr
+
+
+def test_the_plan_and_its_reasons(root: Path) -> None:
+    done = run("plan", "explain", "--cohort", "training", "--json", root=root)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    reasons = {row["key"]: row for row in document["reasons"]}
+    assert {"preprocess.spacing_mm", "training.patch_size", "network.width", "network.convolutions"} <= reasons.keys()
+    assert all(row["because"] for row in document["reasons"])
+    text = run("plan", "explain", "--cohort", "training", root=root).stdout
+    assert "because" in text.splitlines()[0]

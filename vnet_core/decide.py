@@ -1,0 +1,82 @@
+"""From the outputs of a network to classes, and which structures the classes make up.
+
+K output, Z Y X voxels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vnet_core.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How logits become classes, in two steps: what is interpolated between them is the probability."""
+
+    classes: int
+    """Class indices run from 0 to one below this."""
+    probability: Callable[[Tensor], Tensor]
+    """(K, Z, Y, X) from logits of that shape."""
+    choose: Callable[[Tensor], Tensor]
+    """Class indices (Z, Y, X), int64, from probabilities (K, Z, Y, X)."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Class indices (Z, Y, X), int64, of logits (K, Z, Y, X)."""
+        return self.choose(self.probability(logits))
+
+
+def decision(plan: Plan) -> Decision:
+    """How a plan's head decides.
+
+    `softmax`: the most probable class, of equal ones the first. `sigmoid`: where a region's probability is above one
+    half its voxels get the class of the label that it paints, later regions over earlier ones.
+    """
+    if plan.head == "softmax":
+        return most_probable(plan.classes)
+    index = class_of(plan)
+    painted = [index[region.paints] for region in plan.told_regions]
+
+    def paint(probability: Tensor) -> Tensor:
+        classes = torch.zeros(probability.shape[1:], dtype=torch.int64, device=probability.device)
+        for share, value in zip(probability, painted, strict=True):
+            classes[share > 0.5] = value
+        return classes
+
+    return Decision(plan.classes, torch.sigmoid, paint)
+
+
+def most_probable(classes: int) -> Decision:
+    """The class with the largest softmax probability, of equal ones the first."""
+    return Decision(classes, lambda logits: torch.softmax(logits, dim=0), lambda probability: probability.argmax(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """Something that a training is judged by."""
+
+    name: str
+    classes: tuple[int, ...]
+    """The class indices that it is made of."""
+
+    def mask(self, classes_ZYX: np.ndarray) -> np.ndarray:
+        """Where it is, bool (Z, Y, X)."""
+        if len(self.classes) == 1:
+            return classes_ZYX == self.classes[0]
+        return np.isin(classes_ZYX, self.classes)
+
+
+def structures(plan: Plan) -> tuple[Structure, ...]:
+    """The regions of a plan, or its labels where it has none."""
+    index = class_of(plan)
+    return tuple(Structure(region.name, tuple(index[v] for v in region.values)) for region in plan.told_regions)
+
+
+def class_of(plan: Plan) -> Mapping[int, int]:
+    """Class index of every label value."""
+    return {label.value: number for number, label in enumerate(plan.labels, 1)}
