@@ -38,8 +38,8 @@ def root(walkthrough: Walkthrough, tmp_path_factory: pytest.TempPathFactory) -> 
 def train(root: Path, *arguments: str) -> dict[str, Any]:
     plan = str(root.parent / "plan.toml")
     done = run("train", "--cohort", "training", "--plan", plan, *arguments, "--json", root=root)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    assert done.code == 0, done.err
+    return json.loads(done.out)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def test_folds_become_one_model_that_was_judged_on_every_case(root: Path, folded
 
 def test_a_model_of_several_networks_segments(root: Path, folded: dict[str, Any]) -> None:
     done = run("segment", "--cohort", "tonight", "--model", "folded", "--json", root=root)
-    assert done.returncode in (0, 3), done.stderr
-    states = [case["state"] for case in json.loads(done.stdout)["cases"]]
+    assert done.code in (0, 3), done.err
+    states = [case["state"] for case in json.loads(done.out)["cases"]]
     assert "computed" in states
 
 
@@ -102,25 +102,25 @@ def test_refusals_say_what_would_work(root: Path) -> None:
     plan = root.parent / "large.toml"
     plan.write_text(PLAN.replace("batch_size = 2", "batch_size = 200000"))
     large = run("train", "--cohort", "training", "--model", "x", "--plan", str(plan), "--steps", "1", root=root)
-    assert large.returncode == 2
-    assert "plan.memory" in large.stderr
-    assert "use training.batch_size" in large.stderr
+    assert large.code == 2
+    assert "plan.memory" in large.err
+    assert "use training.batch_size" in large.err
     many = run("train", "--cohort", "training", "--model", "x", "--folds", "19", "--steps", "1", root=root)
-    assert many.returncode == 4
-    assert "train.folds" in many.stderr
+    assert many.code == 4
+    assert "train.folds" in many.err
     both = run(
         "train", "--cohort", "training", "--model", "x", "--folds", "2", "--workers", "2", "--steps", "1", root=root
     )
-    assert both.returncode == 2
-    assert "leave out --workers" in both.stderr
+    assert both.code == 2
+    assert "leave out --workers" in both.err
 
 
 def test_the_plan_and_its_reasons(root: Path) -> None:
     done = run("plan", "explain", "--cohort", "training", "--json", root=root)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
     reasons = {row["key"]: row for row in document["reasons"]}
     assert {"preprocess.spacing_mm", "training.patch_size", "network.width", "network.convolutions"} <= reasons.keys()
     assert all(row["because"] for row in document["reasons"])
-    text = run("plan", "explain", "--cohort", "training", root=root).stdout
+    text = run("plan", "explain", "--cohort", "training", root=root).out
     assert "because" in text.splitlines()[0]
