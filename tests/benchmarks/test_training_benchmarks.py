@@ -29,11 +29,11 @@ def scans(walkthrough: Walkthrough) -> list[str]:
 
 def test_dice_against_minutes(scans, tmp_path: Path) -> None:
     output = tmp_path / "accuracy.md"
-    arguments = [*scans, "--minutes", "0.02", "--seeds", "2", "--pace", "vnet=150", "--work", tmp_path / "work"]
+    arguments = [*scans, "--minutes", "0.02", "--seeds", "1", "--pace", "vnet=150", "--work", tmp_path / "work"]
     bench("accuracy", *arguments, "--output", output)
     (row,) = [line for line in output.read_text().splitlines() if line.startswith("| vnet")]
     assert row.split("|")[2:4] == [" 0.02 ", " 3 "]
-    assert ", 2)" in row, "two seeds"
+    assert " (1) |" in row, "one seed has no spread"
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     # what is measured already is not measured again
     again = bench("accuracy", *arguments, "--output", output)
@@ -52,7 +52,7 @@ def test_a_step(tmp_path: Path) -> None:
     size, device = step.Size(2, 1, (16, 16, 16), 1), torch.device("cpu")
     row = step.ours(size, device)
     assert row.training_ms > row.inference_ms > 0
-    # 502 GMAC at width 16 and 64 x 128 x 128 voxels
-    assert row.gmacs == pytest.approx(502.1 * (2 / 16) ** 2 * 16**3 / (64 * 128 * 128), rel=0.02)
+    # 502 GMAC at width 16 and 64 x 128 x 128 voxels; the first convolution and the head shrink less than the rest
+    assert row.gmacs == pytest.approx(502.1 * (2 / 16) ** 2 * 16**3 / (64 * 128 * 128), rel=0.04)
     step.report(tmp_path / "step.md", size, device, [row], peak=0.1)
     assert "No CUDA device was at hand" in (tmp_path / "step.md").read_text()

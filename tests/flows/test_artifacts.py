@@ -241,17 +241,20 @@ def test_keys_are_those_that_prefect_takes() -> None:
 
 def test_a_model_has_its_figures_and_curves() -> None:
     training = {"steps": 1200, "minutes": 29.96, "workers": 2, "precision": "bfloat16", "parameters": 1234567}
-    cases = {"training_cases": ["a", "b"], "validation_cases": ["c"]}
+    cases = {"training_cases": ["a", "b"], "validation_cases": ["c"], "folds": 1, "started_from": "liver@v2"}
     facts = {
         "name": "liver",
         "version": "v2",
         "training": training | cases,
+        "cleaning": ["spleen: nothing, because <b>no</b> candidate helps"],
         "metrics": {"validation_dice": {"liver": 0.95678}},
     }
     text = training_markdown(facts, {"loss.png": PNG})
     assert text.startswith("# Model liver@v2\n")
     assert "| 1200 | 30.0 | 2 | bfloat16 | 1,234,567 | 2 | 1 |" in text
     assert "| liver | 0.957 |" in text
+    assert "- spleen: nothing, because" in text
+    assert "<b>" not in text
     assert text.endswith(f"![loss.png](data:image/png;base64,{base64.b64encode(PNG).decode()})\n")
     facts["metrics"] = {"validation_dice": {}}
     assert "validation Dice" not in training_markdown(facts, {})

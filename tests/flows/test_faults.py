@@ -30,7 +30,7 @@ from vnet_core.volume import Volume
 from workers.scans import write_volume
 from workers.store import Root
 
-CASES = 12
+CASES = 20
 MARK = "VNET_TEST_COMMAND"
 """Environment variable that tells the processes of one command from all others."""
 STEPS = 8

@@ -84,7 +84,7 @@ def test_folds_go_on_where_they_stood(root: Path, folded: dict[str, Any]) -> Non
 
 
 def test_a_training_that_starts_from_a_model(root: Path) -> None:
-    first = train(root, "--model", "first", "--steps", "40")
+    first = train(root, "--model", "first", "--steps", "10")
     second = train(root, "--model", "second", "--from", "first", "--steps", "1")
     facts = load_model(Root(str(root)), "second").facts
     assert facts["training"]["started_from"] == first["model"]
