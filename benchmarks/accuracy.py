@@ -79,7 +79,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, nargs="+", default=[1.0, 5.0, 30.0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--nnunet-python", type=Path, help="interpreter of an environment with nnunetv2")
-    parser.add_argument("--monai", action="store_true", help="train MONAI's VNet too, under autocast")
+    parser.add_argument("--monai", action="store_true", help="train MONAI's VNet too, in float32")
     parser.add_argument(
         "--pace",
         action="append",
@@ -156,8 +156,6 @@ def peer(options: argparse.Namespace, work: Path, who: str, minutes: float) -> M
         }
     else:
         command = [sys.executable, "-m", "benchmarks.peers.monai_vnet", *files]
-        # the faster way; in float32 it would see fewer samples
-        command += ["--bfloat16"]
         environment = dict(os.environ)
     if steps := pace(options, who):
         environment["STEPS_PER_MINUTE"] = str(steps)

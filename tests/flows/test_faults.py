@@ -30,7 +30,7 @@ from vnet_core.volume import Volume
 from workers.scans import write_volume
 from workers.store import Root
 
-CASES = 20
+CASES = 12
 MARK = "VNET_TEST_COMMAND"
 """Environment variable that tells the processes of one command from all others."""
 STEPS = 8
@@ -78,6 +78,8 @@ class Command:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
+                # a shell that started these tests in the background has them ignore Ctrl-C, and they would hand that on
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         self.pid = self._process.pid
         self._seen = {psutil.Process(self.pid)}
