@@ -31,17 +31,18 @@ PLAN = """\
 spacing_mm = [2.0, 2.0, 2.0]
 
 [network]
-kernel_size = 3
 width = 8
 convolutions = [1, 2, 2, 2]
 normalisation = "batch"
 
 [training]
-rotation_degrees = 0
-scaling = 0
 learning_rate = 5e-3
 patch_size = [40, 40, 40]
 batch_size = 4
+
+[training.augmentation]
+rotation_degrees = 0
+scaling = 0
 """
 
 

@@ -107,7 +107,7 @@ TRAININGS = [
 
 def test_measured_peak_of_a_training_step_is_within_the_prediction():
     for result in measured([{"work": "train", "shape": [96, 96, 96], **case} for case in TRAININGS]):
-        assert result["peak"] <= result["predicted"] <= 1.5 * result["peak"], result
+        assert result["peak"] <= result["predicted"] <= 1.6 * result["peak"], result
 
 
 PASSES = [

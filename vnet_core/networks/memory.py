@@ -26,7 +26,7 @@ keeps (it gives those above 32 MiB back at once; of those below, up to five were
 UNFOLDED_VALUES = 20480
 """Torch writes out the input of a float32 convolution once per tap of its kernel, and its output twice, where the
 kernel is at most 3 wide and channels * Z * Y at most this."""
-TRAINING_OVERHEAD_BYTES = 320 * 2**20
+TRAINING_OVERHEAD_BYTES = 416 * 2**20
 """The same of a training step, which frees and takes many more blocks."""
 INDEX_BYTES = 8
 """Of the place of a maximum, which torch keeps beside its value."""
