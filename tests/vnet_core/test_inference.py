@@ -411,3 +411,23 @@ def test_a_gpu_gives_the_labels_of_the_processor():
     cuda = torch.device("cuda")
     there = predict_logits(prepare(network, cuda, torch.float32), x.to(cuda), plan).argmax(0)
     assert (here == there).float().mean() > 0.999
+
+
+# --- networks whose statistics are the grid's
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "shape", "tile"),
+    [
+        ("instance", (64, 64, 64), None),
+        ("instance", (64, 80, 96), None),  # 1.9 times the patch
+        ("instance", (64, 80, 160), (64, 64, 64)),
+        ("group", (20, 200, 200), (20, 64, 64)),
+        ("batch", (64, 80, 160), None),
+        ("none", (64, 80, 160), None),
+    ],
+)
+def test_a_network_with_the_grids_statistics_sees_grids_of_the_training_patch(normalisation, shape, tile):
+    network = {"kernel_size": 3, "width": 2, "convolutions": [1, 1], "normalisation": normalisation}
+    plan = make_plan(network=network, training={"patch_size": [64, 64, 64]})
+    assert choose_tile(plan, shape, 4) == tile
