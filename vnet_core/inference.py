@@ -20,7 +20,7 @@ from vnet_core.geometry import Shape
 from vnet_core.networks.layout import padded
 from vnet_core.networks.memory import predicted_peak_bytes
 from vnet_core.plan import Plan
-from vnet_core.sections import InferencePlan
+from vnet_core.sections import InferencePlan, TrainingPlan
 
 GIB = 2**30
 SEEN_SHARE = 2.0
@@ -41,7 +41,7 @@ def processor_precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def precision(plan: InferencePlan, device: torch.device) -> torch.dtype:
+def precision(plan: InferencePlan | TrainingPlan, device: torch.device) -> torch.dtype:
     """The dtype that a plan asks for on a device."""
     match plan.precision:
         case "auto":
@@ -84,7 +84,7 @@ def choose_tile(plan: Plan, shape: Shape, bytes_per_value: int) -> Shape | None:
     z, y, x = (min(n, p) for n, p in zip(shape, plan.training.patch_size, strict=True))
     patch: Shape = (z, y, x)
     if plan.network.normalisation in ("instance", "group") and prod(shape) > SEEN_SHARE * prod(patch):
-        if peak(patch) + (2 * plan.classes + 1) * patch[0] * shape[1] * shape[2] * 4 <= limit:
+        if peak(patch) + (2 * plan.outputs + 1) * patch[0] * shape[1] * shape[2] * 4 <= limit:
             return patch
     elif peak(shape) <= limit:
         return None

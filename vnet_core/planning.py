@@ -14,6 +14,7 @@ from vnet_core.geometry import Shape, Triple
 from vnet_core.networks.layout import count_macs
 from vnet_core.networks.memory import predicted_training_bytes
 from vnet_core.plan import Label, Plan
+from vnet_core.preprocess import ANISOTROPIC
 from vnet_core.sections import AugmentationPlan, NetworkPlan, PreprocessPlan, TrainingPlan
 
 STEP_GMACS_PER_CORE = 10.0
@@ -24,8 +25,6 @@ STEP_GMACS_PER_GPU = 20_000.0
 """The same for one GPU."""
 MEMORY_SHARE = 0.5
 """Share of the memory at hand that one training step may take: the volumes and the engines need room too."""
-ANISOTROPY = 3.0
-"""An axis whose spacing is more than this times the finest is a stack of slices (Isensee et al. 2021)."""
 BOTTOM_VOXELS = 4
 """Least voxels along an axis at the bottom of the network."""
 BOTTOM_SLICES = 2
@@ -81,20 +80,20 @@ def derive_plan(
     extents = np.array([np.multiply(shape, s) for (shape, s) in value.grids.elements()])
     spacing, words = _spacing(spacings)
     reasons = [Reason("preprocess.spacing_mm", _triple(spacing), words)]
-    thick = max(spacing) > ANISOTROPY * min(spacing)
+    thick = max(spacing) > ANISOTROPIC * min(spacing)
     interpolation = "anisotropic" if thick else "linear"
     reasons.append(
         Reason(
             "preprocess.interpolation",
             interpolation,
             f"the coarsest spacing is {max(spacing) / min(spacing):.1f} times the finest, "
-            + ("so slices are not mixed" if thick else f"up to {ANISOTROPY:g} times is one volume"),
+            + ("so slices are not mixed" if thick else f"up to {ANISOTROPIC:g} times is one volume"),
         )
     )
     intensity, reason = _intensity(value, channels)
     reasons.append(reason)
     voxels = np.maximum(np.round(np.median(extents, axis=0) / spacing), 1)
-    least = np.where(np.array(spacing) > ANISOTROPY * min(spacing), BOTTOM_SLICES, BOTTOM_VOXELS)
+    least = np.where(np.array(spacing) > ANISOTROPIC * min(spacing), BOTTOM_SLICES, BOTTOM_VOXELS)
     levels = len(CONVOLUTIONS)
     while levels > 2 and (np.ceil(voxels / 2 ** (levels - 1)) < least).any():
         levels -= 1
@@ -153,7 +152,7 @@ def _spacing(spacings: np.ndarray) -> tuple[Triple, str]:
     median = np.median(spacings, axis=0)
     spacing, notes = median.copy(), []
     for axis, name in enumerate("zyx"):
-        if median[axis] > ANISOTROPY * median.min():
+        if median[axis] > ANISOTROPIC * median.min():
             spacing[axis] = max(np.quantile(spacings[:, axis], 0.1), median.min())
             notes.append(f"; along {name} the 10th percentile, because {median[axis]:.3g} mm is a thick slice")
     z, y, x = (float(round(s, 4)) for s in spacing)

@@ -22,7 +22,7 @@ from torch import nn
 from vnet_core.decide import decision, structures
 from vnet_core.errors import TrainingError, VnetError
 from vnet_core.fitting import StepSettings, WeightAverage, build_optimiser, learning_rate_factor, train_step
-from vnet_core.inference import predict_logits, prepare, processor_precision
+from vnet_core.inference import precision, predict_logits, prepare
 from vnet_core.losses import build_loss
 from vnet_core.metrics import dice
 from vnet_core.networks.vnet import build_vnet, count_parameters, initialise
@@ -119,7 +119,7 @@ class Worker:
         self.structures = structures(self.plan)
         if seat.device.type == "cpu":
             torch.set_num_threads(run.cpus_per_worker)
-        self.precision = _precision(self.plan, seat.device)
+        self.precision = precision(self.plan.training, seat.device)
         self.state = State()
         network = build_vnet(self.plan.network, len(self.plan.channels), self.plan.outputs)
         initialise(network, self.plan.training.seed)
@@ -349,16 +349,6 @@ def start_from(network: nn.Module, root: Root, reference: str) -> list[str]:
         )
     network.load_state_dict({**own, **fitting})
     return sorted(own.keys() - fitting.keys())
-
-
-def _precision(plan: Plan, device: torch.device) -> torch.dtype:
-    match plan.training.precision:
-        case "auto":
-            return processor_precision(device)
-        case "bfloat16":
-            return torch.bfloat16
-        case "float32":
-            return torch.float32
 
 
 def _seed(*parts: int) -> int:
