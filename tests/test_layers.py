@@ -207,8 +207,10 @@ def test_ray_is_in_four_modules():
 
 
 def test_scan_files_are_read_in_one_place():
-    assert {m for m in importers("SimpleITK") if not within(m, "vnet_core")} <= {"workers.scans", "workers.dicom"}
-    assert importers("workers.dicom") | importers("workers.scan_checks") <= {"workers.scans", "workers.dicom"}
+    readers = ("workers.scans", "workers.formats", "workers.dicom")
+    for package in ("SimpleITK", "pydicom", "highdicom", "workers.formats"):
+        outside = {m for m in importers(package) if not within(m, "vnet_core")}
+        assert all(any(within(m, reader) for reader in readers) for m in outside), package
 
 
 @pytest.mark.parametrize("stage", STAGES)

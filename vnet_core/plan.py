@@ -16,7 +16,15 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from vnet_core.errors import ConfigError
-from vnet_core.sections import InferencePlan, NetworkPlan, PreprocessPlan, Section, TrainingPlan
+from vnet_core.sections import (
+    InferencePlan,
+    NetworkPlan,
+    OutputPlan,
+    PreprocessPlan,
+    ReadingPlan,
+    Section,
+    TrainingPlan,
+)
 
 PREPROCESSING_VERSION = 2
 """Raised whenever the program's preprocessing gives other numbers for the same plan; part of every volume's key."""
@@ -29,6 +37,9 @@ class Label(Section):
     """Its value in label maps; 0 is always background."""
     name: str = Field(min_length=1)
     """Its name in tables and pictures."""
+    code: str = Field(default="", pattern=r"^([^:]+:[^:]+:.+)?$")
+    """Its coded type, as SCHEME:VALUE:MEANING such as SCT:10200004:Liver, for DICOM segments; empty: looked up by
+    name."""
 
 
 class Region(Section):
@@ -57,10 +68,12 @@ class Plan(Section):
     """Value of voxels that nobody has decided on: they take no part in the loss."""
     other_labels: Literal["refuse", "background"] = "refuse"
     """Values in label maps that the plan does not name: training refuses them, or takes them for background."""
+    reading: ReadingPlan = ReadingPlan()
     preprocess: PreprocessPlan = PreprocessPlan()
     network: NetworkPlan = NetworkPlan()
     training: TrainingPlan = TrainingPlan()
     inference: InferencePlan = InferencePlan()
+    output: OutputPlan = OutputPlan()
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
@@ -77,6 +90,13 @@ class Plan(Section):
         ):
             if unknown := named - set(values):
                 raise ValueError(f"{where} names {sorted(unknown)}, the labels are {values}")
+        if unnamed := set(self.output.values) - {label.name for label in self.labels}:
+            raise ValueError(f"output.values names {sorted(unnamed)}, the labels are {[la.name for la in self.labels]}")
+        if self.reading.select and [rule.channel for rule in self.reading.select] != list(self.channels):
+            raise ValueError(
+                f"reading.select names the channels {[rule.channel for rule in self.reading.select]}, the plan's are"
+                f" {list(self.channels)}; give each channel one rule, in this order"
+            )
         for axis, n in zip("zyx", self.training.patch_size, strict=True):
             d = self.network.divisor
             if n % d:

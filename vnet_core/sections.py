@@ -1,4 +1,5 @@
-"""The sections of a plan: preparation, network, loss, augmentation, training, inference. Frozen and validated."""
+"""The sections of a plan: reading, preparation, network, loss, augmentation, training, inference, output. Frozen and
+validated."""
 
 from __future__ import annotations
 
@@ -18,6 +19,58 @@ class Section(BaseModel):
     """A frozen part of a plan; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Selection(Section):
+    """Which series of a study becomes a channel: one that fits every key given here."""
+
+    channel: str = Field(min_length=1)
+    """The channel that it becomes."""
+    modality: str = ""
+    """DICOM modality, such as CT, MR or PT; empty: any."""
+    description: str = ""
+    """Regular expression that is searched for in the series description, upper and lower case alike; empty: any."""
+    kernel: str = ""
+    """Regular expression that is searched for in the convolution kernel of a CT; empty: any."""
+    orientation: Literal["any", "axial", "coronal", "sagittal"] = "any"
+    """Plane of the slices, to the nearest axis of the body."""
+    slice_spacing_mm: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]] = (0.0, 1000.0)
+    """Least and largest distance between slices."""
+    prefer: Literal["only", "thinnest", "most-slices", "newest"] = "only"
+    """Which of several that fit is taken. `only`: several are a reason to refuse the study."""
+
+
+class ReadingPlan(Section):
+    """How files become volumes, where a scan leaves a choice. The defaults change no voxel."""
+
+    gantry_tilt: Literal["refuse", "correct"] = "refuse"
+    """Slices displaced in their plane by a tilted gantry. `correct`: they are moved back, by linear interpolation, onto
+    a grid with right angles, on which the mask lies too."""
+    sheared_axes: Literal["refuse", "resample"] = "refuse"
+    """Axes that do not stand at right angles. `resample`: linear interpolation onto the nearest grid that does, on
+    which the mask lies too."""
+    channel_grids: Literal["refuse", "resample"] = "refuse"
+    """Channels of one frame of reference on different grids. `resample`: linear interpolation onto the first one's."""
+    nifti_transform: Literal["agreeing", "sform", "qform"] = "agreeing"
+    """Which transform of a NIfTI header counts. `agreeing`: the sform, and a header whose qform or second reader says
+    otherwise is refused."""
+    select: tuple[Selection, ...] = ()
+    """Series chosen by rules, one rule per channel: a case is then a study. Empty: every series is a case."""
+
+    @model_validator(mode="after")
+    def _one_rule_per_channel(self) -> ReadingPlan:
+        names = [rule.channel for rule in self.select]
+        if len(set(names)) < len(names):
+            raise ValueError(f"select names the channels {names}; give each channel one rule")
+        return self
+
+
+class OutputPlan(Section):
+    """How label maps leave the program."""
+
+    values: dict[str, Annotated[int, Field(ge=0, le=65535)]] = Field(default_factory=dict)
+    """Value that a label is written with, by its name: two names with one value are merged, 0 leaves a label out.
+    Labels that are not named keep the value of the plan. Volumes are reported per label of the plan."""
 
 
 class PreprocessPlan(Section):

@@ -31,6 +31,21 @@ class Volume:
         return self.voxels[0]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Scan:
+    """One channel as it was read, and what there is to know of it."""
+
+    volume: Volume
+    """(1, Z, Y, X)"""
+    warnings: tuple[str, ...] = ()
+    """Codes of what was noted while reading; :mod:`vnet_core.codes` explains them."""
+    frame: str = ""
+    """Digest of the frame of reference, where the source names one: channels of two frames cannot be laid over one
+    another by their coordinates."""
+    burnt_in: bool = False
+    """Whether text may be burnt into the pixels, so that no picture may be made of them."""
+
+
 def canonical(volume: Volume) -> tuple[Volume, Reorientation]:
     """The volume with axes nearest to head, back and left (a view, nothing interpolated), and the way back."""
     reorientation, geometry = to_canonical(volume.geometry)

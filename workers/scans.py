@@ -1,9 +1,9 @@
 """Scan files to volumes, and label maps back to files: the only place in the program that reorders axes.
 
-NIfTI, MetaImage and NRRD are decoded by :mod:`workers.scan_checks` and :mod:`workers.scan_blocks`, because their stock
-readers return truncated data as success; SimpleITK reads DICOM (:mod:`workers.dicom`) and gives the second opinion on
-a NIfTI header. Files index x, y, z and we index z, y, x; voxels need no move, since x is fastest in both. Messages
-name no file and no identifier: both may name a patient.
+NIfTI, MetaImage and NRRD are decoded by :mod:`workers.formats`, because their stock readers return truncated data as
+success; SimpleITK reads DICOM (:mod:`workers.dicom`) and gives the second opinion on a NIfTI header. Files index x, y, z
+and we index z, y, x; voxels need no move, since x is fastest in both. Messages name no file and no identifier: both may
+name a patient.
 
 A source is a scan file, a folder that holds one DICOM series, or ``folder#SeriesInstanceUID`` where it holds several.
 """
@@ -25,10 +25,10 @@ from scipy.spatial.transform import Rotation
 from vnet_core.errors import ConfigError, ScanError
 from vnet_core.geometry import Geometry
 from vnet_core.volume import Volume
-from workers.dicom import dicom_series as dicom_series
-from workers.dicom import quiet_itk, series_files, series_grid, series_voxels
-from workers.scan_blocks import Layout, open_regular, read_block
-from workers.scan_checks import file_axes, meta_layout, nifti_layout, not_a, nrrd_layout
+from workers.dicom.series import dicom_series as dicom_series
+from workers.dicom.series import quiet_itk, series_files, series_grid, series_voxels
+from workers.formats.blocks import Layout, open_regular, read_block
+from workers.formats.headers import file_axes, meta_layout, nifti_layout, not_a, nrrd_layout
 
 SCAN_SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
 """Suffixes of scan files, in any case; a DICOM series is a folder."""

@@ -17,8 +17,8 @@ import SimpleITK as sitk
 
 from vnet_core.errors import ScanError
 from vnet_core.geometry import ORTHONORMAL_TOLERANCE, Geometry
-from workers.scan_blocks import open_regular
-from workers.scan_checks import MAX_VOXELS, grid_of_file
+from workers.formats.blocks import open_regular
+from workers.formats.headers import MAX_VOXELS, grid_of_file
 
 _STEP_TOLERANCE = 0.01
 """Relative difference of a slice distance from the median that counts as uniform."""

@@ -21,7 +21,7 @@ from scipy.spatial.transform import Rotation
 
 from vnet_core.errors import ScanError
 from vnet_core.geometry import Geometry, Shape, matrix_of
-from workers.scan_blocks import Layout, inflated_pieces, open_regular
+from workers.formats.blocks import Layout, inflated_pieces, open_regular
 
 MAX_VOXELS = 2**31
 """Largest grid that is read."""

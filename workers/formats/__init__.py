@@ -1,0 +1,1 @@
+"""Scan files: their headers checked by us, their voxels accounted for byte by byte."""
