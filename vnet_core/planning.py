@@ -15,7 +15,7 @@ from vnet_core.networks.layout import count_macs
 from vnet_core.networks.memory import predicted_training_bytes
 from vnet_core.plan import Label, Plan
 from vnet_core.preprocess import ANISOTROPIC
-from vnet_core.sections import AugmentationPlan, NetworkPlan, PreprocessPlan, TrainingPlan
+from vnet_core.sections import AugmentationPlan, InferencePlan, NetworkPlan, PreprocessPlan, TrainingPlan
 
 STEP_GMACS_PER_CORE = 10.0
 """Multiply-accumulates (10^9) of one forward pass of a batch that a plan allows per processor core. With the backward
@@ -118,6 +118,18 @@ def derive_plan(
             else "no label's name tells left from right",
         )
     )
+    whole = bool((np.array(patch) >= voxels).all())
+    reasons.append(
+        Reason(
+            "inference.mirror_axes",
+            str(list(flips if whole else ())),
+            "the patch sees the whole volume, so a pass is short enough to be made of the mirror image too"
+            if whole and flips
+            else "no mirror image was trained on"
+            if whole
+            else "a second pass takes as long as the first",
+        )
+    )
     words = "heads and patients lie a little differently each time; more slows a training of minutes down"
     reasons.append(Reason("training.augmentation.rotation_degrees", f"{ROTATION_DEGREES:g}", words))
     plan = Plan(
@@ -132,6 +144,7 @@ def derive_plan(
                 {"flip_axes": flips, "rotation_degrees": ROTATION_DEGREES, "scaling": SCALING}
             ),
         ),
+        inference=InferencePlan(mirror_axes=flips if whole else ()),
     )
     return Derivation(plan, tuple(reasons))
 

@@ -91,6 +91,13 @@ def test_left_and_right_are_not_mirrored(names, flips):
     labels = tuple(Label(value=i, name=name) for i, name in enumerate(names, 1))
     plan = plan_of(cohort(((48, 48, 48), (1, 1, 1), 1)), labels=labels)
     assert plan.training.augmentation.flip_axes == flips
+    assert plan.inference.mirror_axes == flips
+
+
+def test_the_mirror_image_is_segmented_too_where_a_patch_sees_the_whole():
+    machine = Machine(20.0, 8.0)
+    assert plan_of(cohort(((40, 56, 40), (1, 1, 1), 1)), machine=machine).inference.mirror_axes == (2,)
+    assert plan_of(cohort(((300, 512, 512), (1, 1, 1), 1)), machine=machine).inference.mirror_axes == ()
 
 
 def test_a_plan_of_ct_and_another_channel_keeps_z_scores():
