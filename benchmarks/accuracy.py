@@ -24,37 +24,42 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.cohort import RESULTS, manifest, split, vnet
-from benchmarks.machine import provenance
-from vnet_core.pictures import curve_picture
+from benchmarks.cohort import Trial, prepared, trial_parser
+from benchmarks.machine import RESULTS, provenance, write_lines
+from vnet_core.curves import curve_picture
 
 PEERS = Path(__file__).parent / "peers"
 METRICS = ("dice", "hd95_mm", "surface_dice_1mm")
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One training and its held-out scores."""
+class Training:
+    """What was trained."""
 
     who: str
     minutes: float
     seed: int
     steps: int
+    load: float
+    """Mean load of the machine over the last minute, when done."""
+
+
+@dataclass(frozen=True)
+class Measured(Training):
+    """One training and its held-out scores."""
+
     dice: float
     hd95_mm: float
     surface_dice_1mm: float
     by_label: dict[str, float]
     worst_dice: float
-    load: float
-    """Mean load of the machine over the last minute, when done."""
 
 
 def main() -> int:
     options = arguments()
-    work = options.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    prepare(options, work)
-    kept = work / "measured.json"
+    trial = prepared(options)
+    trial.vnet(trial.ingest())
+    kept = trial.work / "measured.json"
     measured = [Measured(**row) for row in json.loads(kept.read_text())] if kept.exists() else []
     done = {(m.who, m.minutes, m.seed) for m in measured}
     for minutes in options.minutes:
@@ -62,7 +67,7 @@ def main() -> int:
         for who, seed in todo:
             if (who, minutes, seed) in done:
                 continue
-            one = ours(options, work, minutes, seed) if who == "vnet" else peer(options, work, who, minutes)
+            one = ours(options, trial, minutes, seed) if who == "vnet" else peer(options, trial, who, minutes)
             measured.append(one)
             kept.write_text(json.dumps([asdict(m) for m in measured]))
             print(f"{who} {minutes:g} min seed {seed}: {one.steps} steps, Dice {one.dice:.4f}", flush=True)
@@ -71,13 +76,9 @@ def main() -> int:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--label", action="append", default=[], metavar="VALUE=NAME")
-    parser.add_argument("--held-out", type=int, default=40)
-    parser.add_argument("--training-cases", type=int, help="use only so many of the others")
+    parser = trial_parser(__doc__, "accuracy")
     parser.add_argument("--minutes", type=float, nargs="+", default=[1.0, 5.0, 30.0])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="trainings of ours, each with another seed")
     parser.add_argument("--nnunet-python", type=Path, help="interpreter of an environment with nnunetv2")
     parser.add_argument("--monai", action="store_true", help="train MONAI's VNet too, in float32")
     parser.add_argument(
@@ -88,8 +89,6 @@ def arguments() -> argparse.Namespace:
         help="train WHO for so many steps per minute instead of by the clock, on a machine that has other work too;"
         " measure them on a quiet one",
     )
-    parser.add_argument("--work", type=Path, default=Path("vnet-data/accuracy"), help="scratch folder")
-    parser.add_argument("--output", type=Path, help="results file (default: benchmarks/results/accuracy_...)")
     return parser.parse_args()
 
 
@@ -102,57 +101,30 @@ def peers(options: argparse.Namespace) -> list[str]:
     return [*(["nnunet"] if options.nnunet_python else []), *(["monai"] if options.monai else [])]
 
 
-def prepare(options: argparse.Namespace, work: Path) -> None:
-    """Manifests, the true label maps of the held-out cases, and the ingested cohort."""
-    training, held = split(options.folder, options.held_out, seed=0)
-    if options.training_cases:
-        training = training[: options.training_cases]
-    manifest(work / "training.csv", options.folder, training, with_labels=True)
-    manifest(work / "held-out.csv", options.folder, held, with_labels=False)
-    truth = work / "truth"
-    shutil.rmtree(truth, ignore_errors=True)
-    truth.mkdir()
-    for case in held:
-        shutil.copy(options.folder / "labels" / case, truth)
-    names = [f"--label={label}" for label in options.label]
-    vnet(["ingest", str(work / "training.csv"), "--cohort", "training", *names], work / "root")
-
-
-def ours(options: argparse.Namespace, work: Path, minutes: float, seed: int) -> Measured:
-    plan, masks = work / f"seed-{seed}.toml", work / f"vnet-{minutes:g}-{seed}"
+def ours(options: argparse.Namespace, trial: Trial, minutes: float, seed: int) -> Measured:
+    plan, masks = trial.work / f"seed-{seed}.toml", trial.work / f"vnet-{minutes:g}-{seed}"
     plan.write_text(f"[training]\nseed = {seed}\n")
     name = f"accuracy-{minutes:g}-{seed}".replace(".", "-")
     shutil.rmtree(masks, ignore_errors=True)
-    vnet(["preprocess", "--cohort", "training", "--plan", str(plan)], work / "root")
+    trial.vnet(["preprocess", "--cohort", "training", "--plan", str(plan)])
     steps = pace(options, "vnet")
     budget = ["--steps", str(round(steps * minutes))] if steps else ["--minutes", str(minutes)]
     arguments = ["train", "--cohort", "training", "--model", name, *budget, "--plan", str(plan)]
-    trained = vnet(arguments, work / "root")
+    trained = trial.vnet(arguments)
     load = os.getloadavg()[0]
-    vnet(["segment", str(work / "held-out.csv"), "--model", name, "--output", str(masks)], work / "root")
-    return scored(options, work, masks, Training("vnet", minutes, seed, trained["training"]["steps"], load))
+    trial.vnet(trial.segment(name, masks))
+    return scored(trial, masks, Training("vnet", minutes, seed, trained["training"]["steps"], load))
 
 
-@dataclass(frozen=True)
-class Training:
-    """What was trained."""
-
-    who: str
-    minutes: float
-    seed: int
-    steps: int
-    load: float
-
-
-def peer(options: argparse.Namespace, work: Path, who: str, minutes: float) -> Measured:
-    files = [str(work / "training.csv"), str(work / "held-out.csv"), str(work), str(minutes)]
+def peer(options: argparse.Namespace, trial: Trial, who: str, minutes: float) -> Measured:
+    files = [str(trial.training_manifest), str(trial.held_manifest), str(trial.work), str(minutes)]
     if who == "nnunet":
         interpreter = options.nnunet_python.absolute()
-        names = dict(reversed(label.split("=")) for label in options.label)
+        names = {name: int(value) for value, name in (label.split("=") for label in trial.labels)}
         command = [str(interpreter), str(PEERS / "nnunet.py"), *files]
         environment = os.environ | {
             "PATH": f"{interpreter.parent}{os.pathsep}{os.environ['PATH']}",
-            "PEER_LABELS": json.dumps({name: int(value) for name, value in names.items()}),
+            "PEER_LABELS": json.dumps(names),
         }
     else:
         command = [sys.executable, "-m", "benchmarks.peers.monai_vnet", *files]
@@ -162,15 +134,14 @@ def peer(options: argparse.Namespace, work: Path, who: str, minutes: float) -> M
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment, text=True)
     load = os.getloadavg()[0]
     steps = json.loads(done.stdout.strip().splitlines()[-1])["steps"]
-    return scored(options, work, work / f"{who}-{minutes:g}", Training(who, minutes, 0, steps, load))
+    return scored(trial, trial.work / f"{who}-{minutes:g}", Training(who, minutes, 0, steps, load))
 
 
-def scored(options: argparse.Namespace, work: Path, masks: Path, training: Training) -> Measured:
+def scored(trial: Trial, masks: Path, training: Training) -> Measured:
     """Means over labels and held-out cases. A case that the peer left out counts with Dice 0."""
-    names = [f"--label={label}" for label in options.label]
-    document = vnet(["evaluate", str(masks), str(work / "truth"), *names], work / "root")
+    document = trial.vnet(trial.evaluate(masks))
     rows = [row for case in document["cases"] for row in case["labels"]]
-    missing = options.held_out * len(names) - len(rows)
+    missing = len(trial.held) * len(trial.labels) - len(rows)
 
     def mean(metric: str, name: str | None = None) -> float:
         values = [row[metric] for row in rows if row[metric] is not None and name in (None, row["name"])]
@@ -190,7 +161,7 @@ def scored(options: argparse.Namespace, work: Path, masks: Path, training: Train
 def report(options: argparse.Namespace, measured: list[Measured]) -> None:
     target = options.output or RESULTS / f"accuracy-{options.folder.resolve().name}_{datetime.now(UTC):%Y%m}.md"
     whos = list(dict.fromkeys(["vnet", *(m.who for m in measured)]))
-    curves = {}
+    curves: dict[str, list[tuple[float, float]]] = {}
     lines = [
         f"# Dice against minutes of training on {options.folder.resolve().name}",
         "",
@@ -220,8 +191,7 @@ def report(options: argparse.Namespace, measured: list[Measured]) -> None:
             )
     picture = target.with_suffix(".png")
     lines += ["", f"![Dice against minutes]({picture.name})", "", *provenance("torch", "monai", "ray", "prefect")]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("\n".join(lines) + "\n")
+    write_lines(target, lines)
     picture.write_bytes(curve_picture(curves, "minutes", "Dice", "Mean Dice on held-out cases"))
     print(target)
 

@@ -3,7 +3,7 @@
     python -m benchmarks.cohort FOLDER --label 1=anterior --label 2=posterior --minutes 10 --held-out 40
 
 FOLDER has ``images/`` and ``labels/``. The split is drawn by a seed. Writes a Markdown file with the figures, one row
-per held-out case and label.
+per held-out case and label. Other benchmarks that train on a part of a cohort take their files from here.
 """
 
 from __future__ import annotations
@@ -17,65 +17,128 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import provenance
+from benchmarks.machine import RESULTS, provenance, write_lines
 
-RESULTS = Path(__file__).parent / "results"
+
+@dataclass(frozen=True)
+class Trial:
+    """A cohort in two parts, as files in a scratch folder, and the commands on them."""
+
+    work: Path
+    labels: list[str]
+    """``VALUE=NAME`` each."""
+    training: list[str]
+    """File names of the training cases."""
+    held: list[str]
+    """File names of the cases held out."""
+
+    @property
+    def training_manifest(self) -> Path:
+        """The training cases with their labels."""
+        return self.work / "training.csv"
+
+    @property
+    def held_manifest(self) -> Path:
+        """The cases held out, without their labels."""
+        return self.work / "held-out.csv"
+
+    @property
+    def truth(self) -> Path:
+        """Folder of the label maps of the cases held out."""
+        return self.work / "truth"
+
+    def ingest(self) -> list[str]:
+        """Arguments of `vnet` that ingest the training cases as the cohort ``training``."""
+        return ["ingest", str(self.training_manifest), "--cohort", "training", *self._named()]
+
+    def segment(self, model: str, masks: Path) -> list[str]:
+        """Arguments of `vnet` that segment the cases held out."""
+        return ["segment", str(self.held_manifest), "--model", model, "--output", str(masks)]
+
+    def evaluate(self, masks: Path) -> list[str]:
+        """Arguments of `vnet` that hold masks against the truth."""
+        return ["evaluate", str(masks), str(self.truth), *self._named()]
+
+    def _named(self) -> list[str]:
+        return [f"--label={label}" for label in self.labels]
+
+    def vnet(self, arguments: list[str]) -> dict[str, Any]:
+        """The JSON document of one command on the scratch folder's storage root."""
+        return vnet(arguments, self.work / "root")
 
 
 def main() -> int:
     options = arguments()
-    work = options.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    training, held = split(options.folder, options.held_out, options.seed)
-    if options.training_cases:
-        training = training[: options.training_cases]
-    names = [f"--label={label}" for label in options.label]
-    manifest(work / "training.csv", options.folder, training, with_labels=True)
-    manifest(work / "held-out.csv", options.folder, held, with_labels=False)
-    manifest(work / "held-out-with-truth.csv", options.folder, held, with_labels=True)
-    budget = ["--steps", str(options.steps)] if options.steps else ["--minutes", str(options.minutes)]
+    trial = prepared(options)
     plan = ["--plan", str(options.plan)] if options.plan else []
-    truth = work / "truth"
-    shutil.rmtree(truth, ignore_errors=True)
-    truth.mkdir()
-    for case in held:
-        shutil.copy(options.folder / "labels" / case, truth)
     log: list[tuple[str, float, dict[str, Any]]] = []
     steps = [
-        ["ingest", str(work / "training.csv"), "--cohort", "training", *names],
+        trial.ingest(),
         ["preprocess", "--cohort", "training", *plan],
-        ["train", "--cohort", "training", "--model", "benchmark", *budget],
-        ["segment", str(work / "held-out.csv"), "--model", "benchmark", "--output", str(work / "masks")],
-        ["evaluate", str(work / "masks"), str(truth), *names, "--output", str(work / "scores.csv")],
+        ["train", "--cohort", "training", "--model", "benchmark", *budget(options)],
+        trial.segment("benchmark", trial.work / "masks"),
+        [*trial.evaluate(trial.work / "masks"), "--output", str(trial.work / "scores.csv")],
     ]
     for step in steps:
         started = time.monotonic()
-        log.append((" ".join(["vnet", *step]), 0.0, vnet(step, work / "root")))
-        log[-1] = (log[-1][0], time.monotonic() - started, log[-1][2])
+        document = trial.vnet(step)
+        log.append((" ".join(["vnet", *step]), time.monotonic() - started, document))
         print(f"{log[-1][1]:7.1f} s  {log[-1][0]}", flush=True)
-    report(options, log, read_csv(work / "scores.csv"))
+    report(options, log, read_csv(trial.work / "scores.csv"))
     return 0
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = trial_parser(__doc__, "benchmark")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--plan", type=Path)
+    return parser.parse_args()
+
+
+def trial_parser(description: str | None, work: str) -> argparse.ArgumentParser:
+    """The arguments of every benchmark that trains on one part of a cohort; ``work`` names the scratch folder."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--label", action="append", default=[], metavar="VALUE=NAME")
     parser.add_argument("--held-out", type=int, default=40)
     parser.add_argument("--training-cases", type=int, help="use only so many of the others")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--plan", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("vnet-data/benchmark"), help="scratch folder")
-    parser.add_argument("--output", type=Path, help="results file (default: benchmarks/results/cohort_...)")
-    return parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="of the split")
+    parser.add_argument("--work", type=Path, default=Path("vnet-data") / work, help="scratch folder")
+    parser.add_argument("--output", type=Path, help="results file (default: one in benchmarks/results)")
+    return parser
+
+
+def budget(options: argparse.Namespace) -> list[str]:
+    """How long `vnet train` trains."""
+    return ["--steps", str(options.steps)] if options.steps else ["--minutes", str(options.minutes)]
+
+
+def prepared(options: argparse.Namespace) -> Trial:
+    """Draw the split of ``trial_parser``'s arguments and write its manifests and the truth of the cases held out."""
+    training, held = split(options.folder, options.held_out, options.seed)
+    trial = Trial(options.work.resolve(), options.label, training[: options.training_cases], held)
+    trial.work.mkdir(parents=True, exist_ok=True)
+    manifest(trial.training_manifest, options.folder, trial.training, with_labels=True)
+    manifest(trial.held_manifest, options.folder, held, with_labels=False)
+    emptied(trial.truth)
+    for case in held:
+        shutil.copy(options.folder / "labels" / case, trial.truth)
+    return trial
+
+
+def emptied(folder: Path) -> Path:
+    """The folder, with nothing in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
 
 
 def split(folder: Path, held_out: int, seed: int) -> tuple[list[str], list[str]]:
@@ -147,8 +210,7 @@ def report(
         volumes = f"{float(row['volume_ml']):.3f} | {float(row['truth_volume_ml']):.3f}"
         lines.append(f"| {row['case']} | {row['name']} | {volumes} | {float(row['dice'] or 'nan'):.4f} |")
     lines += ["", *provenance("torch", "ray", "dask", "zarr", "prefect")]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("\n".join(lines) + "\n")
+    write_lines(target, lines)
     print(f"mean Dice {evaluation['mean_dice']:.4f}; {target}")
 
 

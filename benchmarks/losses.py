@@ -19,10 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cohort import manifest, read_csv, split, vnet
-from benchmarks.machine import provenance
-
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.cohort import Trial, budget, prepared, read_csv, trial_parser
+from benchmarks.machine import RESULTS, provenance, write_lines
 
 LOSSES: Mapping[str, Mapping[str, Any]] = {
     "dice + cross-entropy": {"terms": {"dice": 1.0, "cross-entropy": 1.0}},
@@ -44,57 +42,38 @@ AIM = 0.80
 
 def main() -> int:
     options = arguments()
-    work = options.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    training, held = split(options.folder, options.held_out, options.seed)
-    training = training[: options.training_cases]
-    manifest(work / "training.csv", options.folder, training, with_labels=True)
-    manifest(work / "held-out.csv", options.folder, held, with_labels=False)
-    truth = work / "truth"
-    shutil.rmtree(truth, ignore_errors=True)
-    truth.mkdir()
-    for case in held:
-        shutil.copy(options.folder / "labels" / case, truth)
+    trial = prepared(options)
     base = tomllib.loads(options.base.read_text()) if options.base else {}
-    names = [f"--label={label}" for label in options.label]
-    vnet(["ingest", str(work / "training.csv"), "--cohort", "training", *names], work / "root")
+    trial.vnet(trial.ingest())
     rows = []
     for name in options.only or LOSSES:
-        rows.append(row(name, measured(name, base, names, options)))
+        rows.append(row(name, measured(name, base, trial, budget(options))))
         print(rows[-1], flush=True)
-    report(options, len(training), rows)
+    report(options, len(trial.training), rows)
     return 0
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--label", action="append", default=[], metavar="VALUE=NAME")
-    parser.add_argument("--held-out", type=int, default=40)
-    parser.add_argument("--training-cases", type=int, help="use only so many of the others")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = trial_parser(__doc__, "losses")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--base", type=Path, help="TOML plan (default: derived from the cohort)")
     parser.add_argument("--only", action="append", choices=list(LOSSES))
     parser.add_argument("--hardware", default="2-cores", help="part of the results file's name")
-    parser.add_argument("--work", type=Path, default=Path("vnet-data/losses"), help="scratch folder")
-    parser.add_argument("--output", type=Path, help="results file (default: benchmarks/results/losses_...)")
     return parser.parse_args()
 
 
-def measured(name: str, base: Mapping[str, Any], names: list[str], options: argparse.Namespace) -> dict[str, Any]:
+def measured(name: str, base: Mapping[str, Any], trial: Trial, trained_for: list[str]) -> dict[str, Any]:
     """Train with one loss and evaluate: the ``training`` facts and the ``scores`` of every held-out case and label."""
-    work, model = options.work.resolve(), name.replace(" + ", "-").replace(" ", "-")
-    plan = work / f"{model}.toml"
+    model = name.replace(" + ", "-").replace(" ", "-")
+    plan = trial.work / f"{model}.toml"
     plan.write_text(toml({**base, "training": {**base.get("training", {}), "loss": LOSSES[name]}}))
-    masks, scores = work / "masks" / model, work / f"{model}.csv"
+    masks, scores = trial.work / "masks" / model, trial.work / f"{model}.csv"
     shutil.rmtree(masks, ignore_errors=True)
-    budget = ["--steps", str(options.steps)] if options.steps else ["--minutes", str(options.minutes)]
-    vnet(["preprocess", "--cohort", "training", "--plan", str(plan)], work / "root")
-    trained = vnet(["train", "--cohort", "training", "--model", model, *budget], work / "root")
-    vnet(["segment", str(work / "held-out.csv"), "--model", model, "--output", str(masks)], work / "root")
-    vnet(["evaluate", str(masks), str(work / "truth"), *names, "--output", str(scores)], work / "root")
+    trial.vnet(["preprocess", "--cohort", "training", "--plan", str(plan)])
+    trained = trial.vnet(["train", "--cohort", "training", "--model", model, *trained_for])
+    trial.vnet(trial.segment(model, masks))
+    trial.vnet([*trial.evaluate(masks), "--output", str(scores)])
     return {"training": trained["training"], "scores": read_csv(scores)}
 
 
@@ -148,8 +127,7 @@ def report(options: argparse.Namespace, training_cases: int, rows: list[str]) ->
         "",
         *provenance("torch", "ray", "dask", "zarr", "prefect"),
     ]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("\n".join(lines) + "\n")
+    write_lines(target, lines)
 
 
 if __name__ == "__main__":

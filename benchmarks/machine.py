@@ -1,4 +1,4 @@
-"""Where, when and how something was measured."""
+"""Where, when and how something was measured, and the file that says so."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 import torch
+
+RESULTS = Path(__file__).parent / "results"
+"""Where results files lie unless ``--output`` names another place."""
+
+
+def write_lines(target: Path, lines: Sequence[str]) -> None:
+    """A results file, with the folders above it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("\n".join(lines) + "\n")
 
 
 def provenance(*packages: str) -> list[str]:

@@ -21,9 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import provenance
+from benchmarks.machine import RESULTS, provenance, write_lines
 
-RESULTS = Path(__file__).parent / "results"
 VNET = str(Path(sys.executable).with_name("vnet"))
 
 
@@ -63,7 +62,7 @@ def main() -> None:
         *provenance("prefect", "ray", "dask"),
     ]
     print("\n".join(lines))
-    options.output.write_text("\n".join(lines) + "\n")
+    write_lines(options.output, lines)
 
 
 def run(name: str, command: list[str]) -> tuple[str, float, Counter[str]]:

@@ -15,8 +15,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.cohort import RESULTS, vnet
-from benchmarks.machine import provenance
+from benchmarks.cohort import emptied, vnet
+from benchmarks.machine import RESULTS, provenance, write_lines
 
 CHANNELS = ("fla", "t1", "t1c", "t2")
 LABELS = ("1=necrosis", "2=oedema")
@@ -39,13 +39,12 @@ def main() -> int:
     plan.write_text(by_heart(options))
     channels = [f"--channel={name}" for name in CHANNELS]
     labels = [f"--label={label}" for label in LABELS]
-    root, masks, truth = work / "root", work / "masks", work / "truth"
+    root, masks = work / "root", work / "masks"
     vnet(["ingest", str(options.folder.resolve()), "--cohort", "glioma", *channels, *labels], root)
     arguments = ["train", "--cohort", "glioma", "--model", "glioma", "--plan", str(plan), "--steps", str(options.steps)]
     trained = vnet(arguments, root)
     segmented = vnet(["segment", "--cohort", "glioma", "--model", "glioma", "--output", str(masks)], root)
-    shutil.rmtree(truth, ignore_errors=True)
-    truth.mkdir()
+    truth = emptied(work / "truth")
     (label,) = [path for path in (options.folder / "labels").iterdir() if path.name.endswith(".nii.gz")]
     shutil.copy(label, truth / f"{segmented['cases'][0]['case']}.nii.gz")
     regions = [f"--label={region}" for region in REGIONS]
@@ -130,9 +129,8 @@ def report(options: argparse.Namespace, trained: dict, scores: dict) -> None:
         "",
         *provenance("torch"),
     ]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("\n".join(lines) + "\n")
-    print(target.read_text())
+    write_lines(target, lines)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cohort import RESULTS
-from benchmarks.machine import provenance
+from benchmarks.machine import RESULTS, provenance, write_lines
 from vnet_core.fitting import StepSettings, build_optimiser, train_step
 from vnet_core.inference import prepare, processor_precision
 from vnet_core.losses import build_loss
@@ -181,9 +180,8 @@ def report(output: Path | None, size: Size, device: torch.device, rows: list[Tim
             f"| {row.who} | {row.training_ms:.1f} | {row.inference_ms:.1f} | {row.gmacs:.1f} | {100 * share:.0f} % |"
         )
     lines += ["", *provenance("torch", "monai")]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("\n".join(lines) + "\n")
-    print(target.read_text())
+    write_lines(target, lines)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,8 @@ from typing import Any
 
 import safetensors.torch
 
-from benchmarks.machine import provenance
+from benchmarks.machine import RESULTS, provenance, write_lines
 
-RESULTS = Path(__file__).parent / "results"
 VNET = str(Path(sys.executable).with_name("vnet"))
 
 
@@ -55,9 +54,9 @@ def main() -> None:
             f"| {name} | {facts['training']['steps']} | {facts['training']['minutes']:.2f} | {losses[0]:.4f} |"
             f" {losses[-1]:.4f} | {sum(dice) / max(1, len(dice)):.4f} | {difference(one[1], weights):.2e} |"
         )
-    text = "\n".join([*lines, "", *provenance("torch", "ray")]) + "\n"
-    print(text)
-    options.output.write_text(text)
+    lines += ["", *provenance("torch", "ray")]
+    print("\n".join(lines))
+    write_lines(options.output, lines)
 
 
 def finished(command: list[str], root: Path, model: str) -> tuple[dict[str, Any], dict[str, Any]]:

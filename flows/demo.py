@@ -9,7 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.commands import Result, copy_mask, ingest_sources, run_flow, text_table
+from flows.commands.command import Result
+from flows.commands.data import ingest_sources
+from flows.commands.running import run_flow
+from flows.commands.segmentation import copy_mask
+from flows.commands.tables import case_row, text_table
 from flows.session import Session, open_session
 from vnet_core.phantoms import demo_cohort, phantom
 from vnet_core.plan import Label
@@ -97,14 +101,7 @@ def _result(session: Session, scans: Path, night: Mapping[str, Any], seconds: fl
         if outcome.done:
             report = load_report(session.root, outcome.key)
             copy_mask(session.root.path(f"{outcome.key}/{report['mask']}"), masks, outcome.case)
-        cases.append(
-            {
-                "case": outcome.case,
-                "state": outcome.state,
-                "codes": list(outcome.codes),
-                "message": outcome.message,
-            }
-        )
+        cases.append(case_row(outcome))
     found = evaluate(masks_in(masks), masks_in(scans / "truth"), LABELS)
     rows = [{"case": e.outcome.case} | row for e in found for row in e.labels]
     means = {

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from vnet_core.errors import ConfigError, ScanError
+from vnet_core.errors import ConfigError
 from vnet_core.geometry import Triple
 from vnet_core.plan import Label, Region
-from vnet_core.surface import surface_distances
+from vnet_core.surface import check_shapes, surface_distances
 
 Box = tuple[slice, slice, slice]
 
@@ -46,7 +46,7 @@ FIGURES = (
 
 def dice(prediction_ZYX: np.ndarray, truth_ZYX: np.ndarray) -> float:
     """Dice overlap of two bool masks (Z, Y, X), 0 to 1. One empty: 0. Both empty: NaN, there was nothing to find."""
-    _check_shapes(prediction_ZYX, truth_ZYX)
+    check_shapes(prediction_ZYX, truth_ZYX)
     common = int(np.count_nonzero(prediction_ZYX & truth_ZYX))
     return _ratio(2 * common, int(np.count_nonzero(prediction_ZYX)) + int(np.count_nonzero(truth_ZYX)))
 
@@ -130,7 +130,7 @@ def score_labels(
     the box that holds it in both maps, its distances are computed once.
     Raises ScanError ``metrics.shape`` when the maps differ in shape, ConfigError ``metrics.tolerance`` below 0 mm.
     """
-    _check_shapes(prediction_ZYX, truth_ZYX)
+    check_shapes(prediction_ZYX, truth_ZYX)
     largest = max((value for structure in wanted for value in structure.values), default=1)
     boxes = [ndimage.find_objects(labels, max_label=largest) for labels in (prediction_ZYX, truth_ZYX)]
     scores = []
@@ -191,12 +191,3 @@ def _score(
 
 def _ratio(part: int, whole: int) -> float:
     return part / whole if whole else float("nan")
-
-
-def _check_shapes(prediction_ZYX: np.ndarray, truth_ZYX: np.ndarray) -> None:
-    if prediction_ZYX.shape != truth_ZYX.shape:
-        raise ScanError(
-            "metrics.shape",
-            f"the prediction has shape {prediction_ZYX.shape}, the truth {truth_ZYX.shape};"
-            " bring both onto one grid first",
-        )

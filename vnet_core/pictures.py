@@ -1,19 +1,16 @@
-"""Pictures of results as PNG bytes: a quality-control sheet of a mask, and curves."""
+"""A sheet for judging a mask by eye, as PNG bytes: what it shows and how it is laid out."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from scipy import ndimage
 
+from vnet_core.canvas import COLOURS, FAINT, TEXT, Canvas, outline
 from vnet_core.geometry import Geometry, Reorientation
 from vnet_core.plan import Label
 from vnet_core.volume import Volume, canonical
@@ -23,13 +20,6 @@ ROWS = 4
 
 MAX_BYTES = 150_000
 """Largest picture; grey levels and then size are given up to stay below it."""
-
-COLOURS = ("#E69F00", "#56B4E9", "#F0E442", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
-"""Okabe and Ito's colours for every kind of colour vision, in the order in which labels take them."""
-
-
-_ON_WHITE = (6, 0, 4, 3, 5, 1, 2)
-"""The order in which curves take the colours, those that stand out from white first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +47,9 @@ _PLANES = (
 _STYLES = ((236, (64, 40, 26)), (200, (24, 16)), (150, (16,)), (110, (12,)))
 """Pixels along a panel's longer side and numbers of greys to try, from the best picture to the smallest."""
 
-_ALPHAS = 4
-_UNDER = 6
-"""A line pixel is one of ``_ALPHAS`` opacities over one of ``_UNDER`` greys, so that 256 colours hold smooth lines."""
-
-_BACKGROUND, _FAINT, _TEXT = 24, 150, 235
 _GUTTER_PX, _CAPTION_PX, _HEADER_PX, _LEGEND_PX, _MARGIN_PX = 18, 28, 28, 212, 14
 _CELL_PX = 228
 """Least width of a panel with its gutters, so that the caption fits below."""
-_FINE = 3
-"""Outlines are drawn this many times finer than the picture and averaged."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,33 +97,6 @@ def qc_picture(image_ZYX: np.ndarray, labels_ZYX: np.ndarray, geometry: Geometry
             if len(png) <= MAX_BYTES:
                 return png
     return png
-
-
-def curve_picture(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, title: str) -> bytes:
-    """Lines over a common x axis as PNG; ``series`` maps names to (x, y) points, drawn in their order.
-
-    Points that are not finite leave a gap. The same series give the same bytes with one version of matplotlib.
-    """
-    figure = Figure(figsize=(7.2, 4.0), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for i, (name, points) in enumerate(series.items()):
-        xy = np.asarray(points, float).reshape(-1, 2)
-        colour = COLOURS[_ON_WHITE[i % len(COLOURS)]]
-        marker = "o" if len(xy) <= 30 else ""
-        axes.plot(xy[:, 0], xy[:, 1], color=colour, linewidth=1.8, marker=marker, markersize=4, label=name)
-    axes.set_title(title, loc="left", fontsize=12)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]))
-    axes.grid(color="#dddddd", linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    if series:
-        axes.legend(frameon=False)
-    out = io.BytesIO()
-    # matplotlib writes its version into the file unless told not to
-    figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -210,74 +166,14 @@ def _structures(labels_ZYX: np.ndarray, labels: Sequence[Label]) -> list[_Struct
     return sorted(found, key=lambda s: -s.voxels)
 
 
-class _Canvas:
-    """Greys with coloured lines on top, held so that the final 256 colours are known beforehand."""
-
-    def __init__(self, height: int, width: int) -> None:
-        self.grey = Image.new("L", (width, height), _BACKGROUND)
-        self.opacity = np.zeros((height, width), np.uint8)
-        self.colour = np.zeros((height, width), np.uint8)
-        self._draw = ImageDraw.Draw(self.grey)
-
-    def text(self, x: float, y: float, text: str, anchor: str = "lm", *, level: int = _TEXT, size: int = 13) -> None:
-        """Text anchored at a point, in Pillow's two letters."""
-        self._draw.text((x, y), text, fill=level, font=ImageFont.load_default(size), anchor=anchor)
-
-    def text_px(self, text: str, size: int = 13) -> float:
-        """Width of a text."""
-        return self._draw.textlength(text, font=ImageFont.load_default(size))
-
-    def rule(self, x0: int, x1: int, y: int, *, ticks_px: int = 0) -> None:
-        """A horizontal line with end ticks."""
-        self._draw.line((x0, y, x1, y), fill=_TEXT, width=2)
-        for x in (x0, x1):
-            self._draw.line((x, y - ticks_px, x, y + ticks_px), fill=_TEXT, width=2)
-
-    def swatch(self, x: int, y: int, colour: int) -> None:
-        """A filled square centred at a height."""
-        self.opacity[y - 5 : y + 6, x : x + 11] = 255
-        self.colour[y - 5 : y + 6, x : x + 11] = colour
-
-    def outline(self, x: int, y: int, opacity: np.ndarray, colour: int) -> None:
-        """Line opacities 0 to 255 (H, W); a pixel that two lines share takes the colour of the more opaque one."""
-        window = (slice(y, y + opacity.shape[0]), slice(x, x + opacity.shape[1]))
-        over = (opacity > 0) & (opacity >= self.opacity[window])
-        self.opacity[window][over] = opacity[over]
-        self.colour[window][over] = colour
-
-    def png(self, greys: int) -> bytes:
-        """The picture with that many greys."""
-        grey = np.asarray(self.grey, np.float32) / 255
-        alpha = np.rint(self.opacity / 255 * _ALPHAS).astype(int)
-        under = np.rint(grey * (_UNDER - 1)).astype(int)
-        per_colour = _ALPHAS * _UNDER
-        line = greys + (self.colour.astype(int) * _ALPHAS + alpha - 1) * _UNDER + under
-        index = np.where(alpha > 0, line, np.rint(grey * (greys - 1)).astype(int))
-        palette = np.zeros((greys + len(COLOURS) * per_colour, 3))
-        palette[:greys] = np.linspace(0, 255, greys)[:, None]
-        for c, name in enumerate(COLOURS):
-            rgb = np.array([int(name[i : i + 2], 16) for i in (1, 3, 5)])
-            for a in range(_ALPHAS):
-                share = (a + 1) / _ALPHAS
-                blend = share * rgb + (1 - share) * np.linspace(0, 255, _UNDER)[:, None]
-                start = greys + c * per_colour + a * _UNDER
-                palette[start : start + _UNDER] = blend
-        assert len(palette) <= 256
-        picture = Image.fromarray(index.astype(np.uint8), "P")
-        picture.putpalette(np.rint(palette).astype(np.uint8).tobytes())
-        out = io.BytesIO()
-        picture.save(out, "PNG", optimize=True)
-        return out.getvalue()
-
-
-def _render(sheet: _Sheet, limit_px: int) -> _Canvas:
+def _render(sheet: _Sheet, limit_px: int) -> Canvas:
     rows = sheet.rows()
     panels = [sheet.panel_px(plane, limit_px) for plane in _PLANES]
     cells = [max(width + 2 * _GUTTER_PX, _CELL_PX) for _, width in panels]
     body = max(height for height, _ in panels) + 2 * _GUTTER_PX
     row_px = _HEADER_PX + body + _CAPTION_PX
     height = max(len(rows) * row_px, 190) + 2 * _MARGIN_PX
-    canvas = _Canvas(height, sum(cells) + _LEGEND_PX + 3 * _MARGIN_PX)
+    canvas = Canvas(height, sum(cells) + _LEGEND_PX + 3 * _MARGIN_PX)
     for r, (structure, indices) in enumerate(rows):
         top = _MARGIN_PX + r * row_px
         _draw_heading(canvas, _MARGIN_PX, top + _HEADER_PX // 2, sheet, structure)
@@ -292,19 +188,19 @@ def _render(sheet: _Sheet, limit_px: int) -> _Canvas:
     return canvas
 
 
-def _draw_heading(canvas: _Canvas, x: int, y: int, sheet: _Sheet, structure: _Structure | None) -> None:
+def _draw_heading(canvas: Canvas, x: int, y: int, sheet: _Sheet, structure: _Structure | None) -> None:
     if structure is None:
         canvas.text(x, y, "no label has a voxel; slices through the middle", size=15)
         return
     canvas.swatch(x, y, structure.colour)
-    name = _shortened(canvas, structure.label.name, 320, size=15)
+    name = canvas.shortened(structure.label.name, 320, size=15)
     canvas.text(x + 18, y, name, size=15)
     note = _volume(structure, sheet.geometry) + (", cut by the edge of the image" if structure.cut else "")
-    canvas.text(x + 18 + canvas.text_px(name, 15) + 14, y, note, level=_FAINT)
+    canvas.text(x + 18 + canvas.text_px(name, 15) + 14, y, note, level=FAINT)
 
 
 def _draw_panel(
-    canvas: _Canvas,
+    canvas: Canvas,
     place: tuple[int, int, int, int],
     sheet: _Sheet,
     plane: _Plane,
@@ -325,7 +221,7 @@ def _draw_panel(
     in_section = [s for s in sheet.structures if s.label.value in present]
     # the row's own label last, so that it lies on top
     for structure in sorted(in_section, key=lambda s: s is own):
-        y0, x0, line, halo = _outline(section_labels == structure.label.value, (height, width), structure is own)
+        y0, x0, line, halo = outline(section_labels == structure.label.value, (height, width), structure is own)
         grey[y0 : y0 + halo.shape[0], x0 : x0 + halo.shape[1]] *= 1 - 0.5 * halo
         canvas.outline(x + x0, y + y0, np.rint(line * 255).astype(np.uint8), structure.colour)
     canvas.grey.paste(Image.fromarray(np.rint(grey).astype(np.uint8)), (x, y))
@@ -337,7 +233,7 @@ def _draw_panel(
 
 
 def _draw_caption(
-    canvas: _Canvas,
+    canvas: Canvas,
     place: tuple[int, int, int],
     sheet: _Sheet,
     plane: _Plane,
@@ -351,18 +247,18 @@ def _draw_caption(
     index = indices[plane.axis]
     source_index = sheet.source.shape[axis] - 1 - index if sheet.turn.flip[plane.axis] else index
     caption = f"{plane.name}  {'zyx'[axis]} = {source_index}"
-    canvas.text(left + _GUTTER_PX, y, caption, level=_FAINT)
+    canvas.text(left + _GUTTER_PX, y, caption, level=FAINT)
     right = left + width - _GUTTER_PX
     px_per_mm = panel_px / sheet.extent_mm(plane)[1]
     room_px = width - 2 * _GUTTER_PX - canvas.text_px(caption) - canvas.text_px("0000 mm") - 16
     bar_mm = _round_length(max(12.0, min(width / 4, room_px)) / px_per_mm)
     text = f"{bar_mm:g} mm"
-    canvas.text(right, y, text, "rm", level=_FAINT)
+    canvas.text(right, y, text, "rm", level=FAINT)
     end = round(right - canvas.text_px(text) - 8)
     canvas.rule(end - round(bar_mm * px_per_mm), end, y, ticks_px=3)
 
 
-def _draw_legend(canvas: _Canvas, x: int, height: int, sheet: _Sheet) -> None:
+def _draw_legend(canvas: Canvas, x: int, height: int, sheet: _Sheet) -> None:
     line_px = 20
     shape, spacing = sheet.source.shape, sheet.source.spacing_mm
     facts = [
@@ -382,15 +278,15 @@ def _draw_legend(canvas: _Canvas, x: int, height: int, sheet: _Sheet) -> None:
     y = _MARGIN_PX + _HEADER_PX // 2
     right = x + _LEGEND_PX - _MARGIN_PX
     for name, value, colour in entries:
-        level = _FAINT if colour < 0 else _TEXT
+        level = FAINT if colour < 0 else TEXT
         if colour >= 0:
             canvas.swatch(x, y, colour)
         canvas.text(right, y, value, "rm", level=level)
-        canvas.text(x + 18, y, _shortened(canvas, name, right - x - 26 - canvas.text_px(value)), level=level)
+        canvas.text(x + 18, y, canvas.shortened(name, right - x - 26 - canvas.text_px(value)), level=level)
         y += line_px
     y = height - _MARGIN_PX - line_px * len(facts) + line_px // 2
     for fact in facts:
-        canvas.text(x, y, fact, level=_FAINT)
+        canvas.text(x, y, fact, level=FAINT)
         y += line_px
 
 
@@ -400,68 +296,11 @@ def _section(array_ZYX: np.ndarray, plane: _Plane, index: int) -> np.ndarray:
     return section[::-1] if plane.flip_rows else section
 
 
-def _outline(mask: np.ndarray, panel: tuple[int, int], thick: bool) -> tuple[int, int, np.ndarray, np.ndarray]:
-    """Outline of a mask (rows, columns) that fills a panel (height, width) in pixels.
-
-    Returns the y and x in the panel of two windows, float32 (H, W) from 0 to 1: the line, and a wider halo around it.
-    """
-    # the window: the mask and two pixels around it
-    spans, boxes = [], []
-    for a, pixels in enumerate(panel):
-        hit = np.flatnonzero(mask.any(axis=1 - a))
-        scale = pixels / mask.shape[a]
-        start = max(0, math.floor(hit[0] * scale) - 2)
-        stop = min(pixels, math.ceil((hit[-1] + 1) * scale) + 2)
-        spans.append((start, stop))
-        boxes.append((start / scale, min(stop / scale, mask.shape[a])))
-    (y0, y1), (x0, x1) = spans
-    fine = Image.fromarray(mask.astype(np.float32)).resize(
-        ((x1 - x0) * _FINE, (y1 - y0) * _FINE),
-        Image.Resampling.BILINEAR,
-        box=(boxes[1][0], boxes[0][0], boxes[1][1], boxes[0][1]),
-    )
-    # where even the fine pixels are larger than voxels, a lower threshold keeps single voxels visible
-    coarse = math.prod(min(1.0, p * _FINE / n) for p, n in zip(panel, mask.shape, strict=True))
-    inside = np.asarray(fine) >= 0.5 * coarse
-    inside |= ndimage.maximum_filter(_specks(inside), 3 * _FINE, mode="constant")
-    # inside the mask, so that neighbours do not cover each other's line, and closed at the edge of the image
-    line = inside & ~ndimage.minimum_filter(inside, 11 if thick else 7, mode="constant")
-    halo = ndimage.maximum_filter(line, 2 * _FINE + 1, mode="constant")
-    return y0, x0, _averaged(line), _averaged(halo)
-
-
-def _specks(inside: np.ndarray) -> np.ndarray:
-    """The pieces of a fine mask that would be smaller than four pixels in the picture, and easily overlooked."""
-    pieces, _ = ndimage.label(inside)
-    area = np.bincount(pieces.ravel())
-    area[0] = inside.size
-    return (area < 4 * _FINE**2)[pieces] & inside
-
-
-def _averaged(fine: np.ndarray) -> np.ndarray:
-    """The share of true fine pixels in each pixel, float32."""
-    total = np.zeros((fine.shape[0] // _FINE, fine.shape[1] // _FINE), np.float32)
-    for i in range(_FINE):
-        for j in range(_FINE):
-            total += fine[i::_FINE, j::_FINE]
-    return total / _FINE**2
-
-
 def _volume(structure: _Structure, geometry: Geometry) -> str:
     """The volume; of a structure cut by the edge of the image a lower bound."""
     ml = structure.voxels * geometry.voxel_ml
     digits = 1 if ml >= 100 else 2 if ml >= 1 else 3 if ml >= 0.1 else 4
     return f"{'> ' if structure.cut else ''}{ml:.{digits}f} mL"
-
-
-def _shortened(canvas: _Canvas, text: str, limit_px: float, size: int = 13) -> str:
-    """The text on one line, with its end cut off where it is wider than ``limit_px``."""
-    text = " ".join(text.split())
-    if canvas.text_px(text, size) <= limit_px:
-        return text
-    while text and canvas.text_px(text + "...", size) > limit_px:
-        text = text[:-1]
-    return text + "..."
 
 
 def _round_length(limit_mm: float) -> float:

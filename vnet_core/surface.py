@@ -249,17 +249,22 @@ class SurfaceDistances:
         )
 
 
-def surface_distances(prediction_ZYX: np.ndarray, truth_ZYX: np.ndarray, spacing_mm: Triple) -> SurfaceDistances:
-    """Distances between the surfaces of two bool masks (Z, Y, X) on one grid of spacing (z, y, x) in mm.
-
-    Raises ScanError ``metrics.shape`` when they differ in shape.
-    """
+def check_shapes(prediction_ZYX: np.ndarray, truth_ZYX: np.ndarray) -> None:
+    """Raise ScanError ``metrics.shape`` when two label maps or masks differ in shape."""
     if prediction_ZYX.shape != truth_ZYX.shape:
         raise ScanError(
             "metrics.shape",
             f"the prediction has shape {prediction_ZYX.shape}, the truth {truth_ZYX.shape};"
             " bring both onto one grid first",
         )
+
+
+def surface_distances(prediction_ZYX: np.ndarray, truth_ZYX: np.ndarray, spacing_mm: Triple) -> SurfaceDistances:
+    """Distances between the surfaces of two bool masks (Z, Y, X) on one grid of spacing (z, y, x) in mm.
+
+    Raises ScanError ``metrics.shape`` when they differ in shape.
+    """
+    check_shapes(prediction_ZYX, truth_ZYX)
     prediction, truth = surface_of(prediction_ZYX, spacing_mm), surface_of(truth_ZYX, spacing_mm)
     to_truth = _nearest_mm(prediction.corners, truth.corners, spacing_mm)
     to_prediction = _nearest_mm(truth.corners, prediction.corners, spacing_mm)

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import safetensors.numpy
 
-from flows.commands import ingest_sources
+from flows.commands.data import ingest_sources
 from tests.conftest import Walkthrough
 from tests.walkthrough import environment
 from vnet_core.networks.vnet import build_vnet, initialise

@@ -9,10 +9,11 @@ import SimpleITK as sitk
 from PIL import Image
 from scipy import ndimage
 
+from vnet_core.canvas import COLOURS
 from vnet_core.errors import ScanError
 from vnet_core.geometry import CANONICAL_DIRECTION, Geometry, Reorientation, matrix_of
 from vnet_core.phantoms import LABELS, PhantomSpec, oblique_direction, phantom
-from vnet_core.pictures import COLOURS, MAX_BYTES, ROWS, curve_picture, qc_picture
+from vnet_core.pictures import MAX_BYTES, ROWS, qc_picture
 from vnet_core.plan import Label
 
 ORGAN, LESION = LABELS
@@ -268,23 +269,3 @@ def test_real_scans(real_scans):
         png = qc_picture(sitk.GetArrayFromImage(image), array, geometry, labels)
         assert len(png) <= MAX_BYTES
         assert count(png, ORANGE) > 200
-
-
-def test_curves_are_drawn_in_colours_of_their_own_and_in_the_same_bytes():
-    series = {"loss": [(i, 1 / (1 + i)) for i in range(200)], "Dice": [(i, i / 200) for i in range(0, 200, 20)]}
-    png = curve_picture(series, "step", "loss, Dice", "a model")
-    assert curve_picture(series, "step", "loss, Dice", "a model") == png
-    blue = tuple(int(COLOURS[6][i : i + 2], 16) for i in (1, 3, 5))
-    assert count(png, blue) > 100
-    assert count(png, ORANGE) > 100
-    without = curve_picture({"loss": series["loss"]}, "step", "loss, Dice", "a model")
-    assert count(without, ORANGE) == 0
-
-
-@pytest.mark.parametrize("points", [[], [(1.0, 2.0)], [(0.0, float("nan")), (1.0, 0.5), (2.0, float("inf"))]])
-def test_curves_with_little_to_show(points):
-    assert pixels(curve_picture({"Dice": points}, "step", "Dice", "a model")).shape == (440, 792, 3)
-
-
-def test_a_figure_without_curves():
-    assert pixels(curve_picture({}, "step", "Dice", "a model")).shape == (440, 792, 3)

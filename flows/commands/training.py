@@ -1,0 +1,182 @@
+"""Commands that make a model, from a plan on: ``preprocess``, ``train``, ``plan`` and ``models``."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from flows.commands.command import Command, Result
+from flows.commands.running import run_flow
+from flows.commands.tables import case_row, summary, text_table
+from flows.session import open_session
+from vnet_core.errors import ConfigError
+from vnet_core.plan import config_error
+from vnet_core.sections import PRESETS
+
+
+def _plan_argument(parser: ArgumentParser) -> None:
+    parser.add_argument("--plan", default="auto", metavar="auto|FILE", help="TOML with settings that differ")
+
+
+def _absolute(plan: str) -> str:
+    """What flows take for ``--plan``; they may run in another folder."""
+    return plan if plan == "auto" else str(Path(plan).expanduser().resolve())
+
+
+def _preprocess_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--cohort", required=True, metavar="NAME")
+    _plan_argument(parser)
+
+
+def preprocess(options: Namespace) -> Result:
+    """``vnet preprocess``."""
+    from flows.cohorts import preprocess_cohort
+
+    data = run_flow(preprocess_cohort, cohort=options.cohort, plan=_absolute(options.plan))
+    outcomes = data["outcomes"]
+    text = f"cohort {options.cohort}: {summary(outcomes)}"
+    return Result(text, [case_row(o) for o in outcomes], {"plan_digest": data["plan"]})
+
+
+PREPROCESS = Command(
+    "preprocess",
+    "bring a cohort onto the plan's grid, as Zarr volumes, on Dask",
+    "api",
+    _preprocess_arguments,
+    preprocess,
+)
+
+
+def _train_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--cohort", required=True, metavar="NAME")
+    parser.add_argument("--model", required=True, metavar="NAME")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
+    budget.add_argument("--minutes", type=float, metavar="M", help="training time (default 10; resuming: as before)")
+    _plan_argument(parser)
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="a named network instead of the plan's")
+    parser.add_argument("--folds", type=int, default=1, metavar="K", help="cross-validation: K networks, one model")
+    parser.add_argument("--from", dest="start", default="", metavar="NAME[@VERSION]", help="model to go on from")
+    parser.add_argument("--workers", type=int, metavar="W", help="Ray workers that train together")
+    parser.add_argument("--resume", action="store_true", help="go on with the newest unfinished training")
+
+
+def train(options: Namespace) -> Result:
+    """``vnet train``."""
+    from flows.training import TrainingSettings, train_model
+    from workers.models import load_model
+
+    session = open_session()
+    if options.minutes == 0:
+        raise ConfigError("train.value", "--minutes 0 cannot train; use more than 0")
+    try:
+        settings = TrainingSettings(
+            minutes=options.minutes or 0.0,
+            steps=options.steps,
+            plan=_absolute(options.plan),
+            preset=options.preset or "",
+            folds=options.folds,
+            start=options.start,
+            workers=options.workers,
+            resume=options.resume,
+        )
+    except ValidationError as error:
+        raise config_error(error, TrainingSettings, "train") from None
+    data = run_flow(
+        train_model,
+        cohort=options.cohort,
+        model=options.model,
+        settings=settings,
+    )
+    model = load_model(session.root, data["model"])
+    training = model.facts["training"]
+    scores = model.facts["metrics"]["validation_dice"]
+    dice = ", ".join(f"{name} {value:.3f}" for name, value in scores.items()) or "no validation cases"
+    text = (
+        f"model {model.reference}: {training['steps']} steps in {training['minutes']:.1f} min,"
+        f" validation Dice: {dice}\n{session.root.path(model.prefix)}"
+    )
+    extra = {"model": model.reference, "digest": model.digest, "training": training, "metrics": model.facts["metrics"]}
+    return Result(text, [], extra)
+
+
+TRAIN = Command("train", "train a V-Net on a cohort's labelled cases, on Ray", "api", _train_arguments, train)
+
+
+def _explain_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("action", choices=("explain",))
+    parser.add_argument("--cohort", required=True, metavar="NAME")
+
+
+def plan(options: Namespace) -> Result:
+    """``vnet plan explain``."""
+    from flows.plans import derived
+    from workers.cohort import load_cohort, load_entries
+
+    session = open_session()
+    cohort = load_cohort(session.root, options.cohort)
+    found = derived(cohort, load_entries(session.root, cohort.name), session.site.engines)
+    rows = [{"key": r.key, "value": r.value, "because": r.words} for r in found.reasons]
+    text = text_table(rows, ("key", "value", "because"))
+    return Result(text, [], {"reasons": rows, "plan": found.plan.model_dump(mode="json")})
+
+
+PLAN = Command("plan", "the plan that a cohort gets, and why", "root", _explain_arguments, plan)
+
+
+def _models_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("action", choices=("list", "show", "describe"))
+    parser.add_argument("model", nargs="?", metavar="NAME[@VERSION]|PRESET|FILE", help="describe: preset or plan file")
+    parser.add_argument("--channels", type=int, default=1, metavar="N", help="describe: channels of the image")
+    parser.add_argument("--classes", type=int, default=2, metavar="K", help="describe: classes with background")
+    parser.add_argument(
+        "--input", type=int, nargs=3, default=(64, 128, 128), metavar=("Z", "Y", "X"), help="describe: voxels"
+    )
+    parser.add_argument("--graph", type=Path, metavar="FILE", help="describe: draw the network (.png or .svg)")
+
+
+def models(options: Namespace) -> Result:
+    """``vnet models list|show|describe``."""
+    if options.action == "describe":
+        from flows.networks import describe
+
+        text, extra = describe(options, text_table)
+        return Result(text, [], extra)
+    from workers.models import load_model, versions
+
+    root = open_session().root
+    if options.action == "show":
+        if not options.model:
+            raise ConfigError("model.name", "vnet models show needs NAME or NAME@VERSION")
+        model = load_model(root, options.model)
+        text = f"{model.reference} {model.digest}\n{root.path(model.prefix)}\n" + "\n".join(
+            f"{name}: {value}" for name, value in {**model.facts["metrics"], **model.facts["training"]}.items()
+        )
+        return Result(text, [], {"model": model.facts, "digest": model.digest})
+    rows = []
+    for name in root.names("models"):
+        for version in versions(root, name):
+            facts = load_model(root, f"{name}@{version}").facts
+            scores = facts["metrics"]["validation_dice"].values()
+            rows.append(
+                {
+                    "model": f"{name}@{version}",
+                    "labels": " ".join(label["name"] for label in facts["labels"]),
+                    "networks": len(facts["weights"]),
+                    "steps": facts["training"]["steps"],
+                    "validation_dice": sum(scores) / len(scores) if scores else None,
+                }
+            )
+    columns = ("model", "labels", "networks", "steps", "validation_dice")
+    return Result(text_table(rows, columns) if rows else "no models", [], {"models": rows})
+
+
+MODELS = Command(
+    "models",
+    "trained models: list them, show one; describe a network before training",
+    "root",
+    _models_arguments,
+    models,
+)
