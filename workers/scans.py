@@ -1,50 +1,51 @@
 """Scan files to volumes, and label maps back to files: the only place in the program that reorders axes.
 
-NIfTI, MetaImage and NRRD are decoded by :mod:`workers.formats`, because their stock readers return truncated data as
-success; SimpleITK reads DICOM (:mod:`workers.dicom`) and gives the second opinion on a NIfTI header. Files index x, y, z
-and we index z, y, x; voxels need no move, since x is fastest in both. Messages name no file and no identifier: both may
-name a patient.
+:mod:`workers.formats` decodes NIfTI, MetaImage, NRRD and OME-Zarr, because their stock readers return truncated data
+as success; :mod:`workers.dicom` reads series, segmentations and contours. Files index x, y, z and we index z, y, x;
+voxels need no move, since x is fastest in both. Messages name no file and no identifier: both may name a patient.
 
-A source is a scan file, a folder that holds one DICOM series, or ``folder#SeriesInstanceUID`` where it holds several.
+A source is a scan file, an OME-Zarr folder, a folder that holds one DICOM series, or ``FOLDER#SeriesInstanceUID`` with
+an optional ``/PART`` where it holds several. Reading happens in this process; :mod:`workers.reading` does the same
+apart from it, as files that come from elsewhere should be read.
 """
 
 from __future__ import annotations
 
-import gzip
-import struct
-import zlib
-from collections.abc import Iterator
-from itertools import chain
+import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-import SimpleITK as sitk
-from scipy.spatial.transform import Rotation
 
-from vnet_core.errors import ConfigError, ScanError
-from vnet_core.geometry import Geometry
-from vnet_core.volume import Volume
-from workers.dicom.series import dicom_series as dicom_series
-from workers.dicom.series import quiet_itk, series_files, series_grid, series_voxels
-from workers.formats.blocks import Layout, open_regular, read_block
-from workers.formats.headers import file_axes, meta_layout, nifti_layout, not_a, nrrd_layout
+from vnet_core.errors import ScanError
+from vnet_core.geometry import Geometry, matrix_of
+from vnet_core.plan import Label
+from vnet_core.sections import ReadingPlan
+from vnet_core.volume import Scan, Volume
+from workers.dicom.headers import NotDicom, read_elements
+from workers.dicom.segmentation import SEGMENTATION_CLASSES, read_segmentation
+from workers.dicom.structures import STRUCTURE_CLASS, read_structures
+from workers.dicom.tree import find_series
+from workers.dicom.volumes import read_series, series_geometry
+from workers.formats.blocks import Layout, open_regular, read_block, unchanged
+from workers.formats.headers import FileGrid, Settled, not_a, settled
+from workers.formats.metaimage import META_SUFFIXES, meta_layout
+from workers.formats.nifti import NIFTI_SUFFIXES, is_nifti, nifti_layout, second_opinion
+from workers.formats.nrrd import NRRD_SUFFIXES, nrrd_layout
+from workers.formats.ome_zarr import is_ome_zarr as is_ome_zarr
+from workers.formats.ome_zarr import ome_zarr_files, ome_zarr_layout, read_ome_zarr
+from workers.formats.writing import LABEL_SUFFIXES as LABEL_SUFFIXES
+from workers.formats.writing import write_label as write_label
+from workers.formats.writing import write_volume as write_volume
 
-SCAN_SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
-"""Suffixes of scan files, in any case; a DICOM series is a folder."""
-LABEL_SUFFIXES = (".nii.gz", ".nii", ".mha", ".nrrd")
-"""Suffixes that :func:`write_label` and :func:`write_volume` write."""
-_DTYPE_NAMES = {
-    np.dtype(np.uint8): (2, "MET_UCHAR", "uint8"),
-    np.dtype(np.uint16): (512, "MET_USHORT", "uint16"),
-    np.dtype(np.int16): (4, "MET_SHORT", "int16"),
-    np.dtype(np.float32): (16, "MET_FLOAT", "float"),
-}
-"""What is written, under its name in NIfTI, MetaImage and NRRD."""
+SCAN_SUFFIXES = (*NIFTI_SUFFIXES, *META_SUFFIXES, *NRRD_SUFFIXES)
+"""Suffixes of scan files, in any case; a DICOM series and an OME-Zarr image are folders."""
+AS_STORED = ReadingPlan()
+"""What is read where nothing is chosen: every doubt is a refusal, no voxel is interpolated."""
 
-_NIFTI_SUFFIXES = (".nii.gz", ".nii")
-_READERS_AGREE_VOXELS = 0.1
-"""Largest distance, in the smallest spacing, of one voxel as placed by us and by SimpleITK."""
+_SOP_CLASS = 0x00080016
+_NAME_SUFFIXES = (*SCAN_SUFFIXES, ".ome.zarr", ".zarr")
 
 
 def is_scan(path: Path) -> bool:
@@ -54,40 +55,189 @@ def is_scan(path: Path) -> bool:
 
 def case_stem(path: Path) -> str:
     """The name without its scan suffix: ``liver_0000.nii.gz`` gives ``liver_0000``; other names stay whole."""
-    suffix = next((s for s in SCAN_SUFFIXES if path.name.lower().endswith(s)), "")
+    suffix = next((s for s in _NAME_SUFFIXES if path.name.lower().endswith(s)), "")
     return path.name[: len(path.name) - len(suffix)]
 
 
-def read_volume(source: str | Path) -> Volume:
-    """One channel (1, Z, Y, X) in its stored dtype, or float32 or float64 where the header rescales.
+def read_scan(source: str | Path, reading: ReadingPlan = AS_STORED) -> Scan:
+    """One channel (1, Z, Y, X) in its stored dtype; float32 or float64 where the header rescales or axes are sheared.
 
-    ``ScanError`` codes: ``scan.unreadable``, ``scan.header``, ``scan.truncated``, ``scan.checksum``, ``scan.not-3d``,
-    ``scan.dtype``, ``scan.empty``, ``scan.too-large``, ``scan.nonfinite``, ``scan.path-escape``, ``geometry.*`` and,
-    for series, ``dicom.*``.
+    ``ScanError`` codes: ``scan.unreadable``, ``scan.changed``, ``scan.header``, ``scan.truncated``, ``scan.checksum``,
+    ``scan.bomb``, ``scan.not-3d``, ``scan.dtype``, ``scan.empty``, ``scan.too-large``, ``scan.nonfinite``,
+    ``scan.path-escape``, ``geometry.*`` and, for series, ``dicom.*``. Warnings: ``scan.trailing-bytes``,
+    ``scan.unscaled``, ``geometry.repaired``, ``geometry.straightened``, ``geometry.transforms-differ``,
+    ``geometry.assumed-axes`` and, for series, ``dicom.*``.
     """
-    path, series = _split(source)
-    if path.is_dir():
-        slices, geometry = series_grid(series_files(path, series))
-        voxels = series_voxels(slices)
-    else:
-        layout = _layout(path)
-        geometry, voxels = layout.geometry, read_block(layout)  # first: damage is told as damage, not as odd geometry
-        _check_second_reader(path, geometry)
-    if voxels.dtype.kind == "f":
-        bad = sum(int(np.count_nonzero(~np.isfinite(plane))) for plane in voxels)
-        if bad:
-            raise ScanError(
-                "scan.nonfinite", f"{bad} of {voxels.size} voxels are NaN or Inf; replace them by measured values"
-            )
-    return Volume(voxels[None], geometry)
+    scan, steps_mm = _read(source, reading)
+    _refuse_nonfinite(scan.volume.voxels)
+    if steps_mm is None:
+        return scan
+    from vnet_core.straighten import straightened  # brings torch, which few scans need
+
+    return replace(scan, volume=straightened(scan.volume, steps_mm))
 
 
-def read_label(source: str | Path) -> Volume:
+def read_volume(source: str | Path, reading: ReadingPlan = AS_STORED) -> Volume:
+    """The volume of :func:`read_scan`."""
+    return read_scan(source, reading).volume
+
+
+def read_label(
+    source: str | Path,
+    image: Geometry | None = None,
+    labels: Sequence[Label] = (),
+    reading: ReadingPlan = AS_STORED,
+) -> Volume:
+    """The volume of :func:`read_label_scan`."""
+    return read_label_scan(source, image, labels, reading).volume
+
+
+def read_label_scan(
+    source: str | Path,
+    image: Geometry | None = None,
+    labels: Sequence[Label] = (),
+    reading: ReadingPlan = AS_STORED,
+) -> Scan:
     """A label map (1, Z, Y, X), uint8 where its values fit, else uint16; whole numbers stored as float are converted.
 
-    ``ScanError`` codes: those of :func:`read_volume`, ``label.not-integer``, ``label.negative``, ``label.values``.
+    DICOM segmentations and contours are drawn on the grid of their ``image``, with the values of ``labels``.
+
+    ``ScanError`` codes: those of :func:`read_scan`, ``label.not-integer``, ``label.negative``, ``label.values`` and,
+    for DICOM, those of :mod:`workers.dicom.segmentation` and :mod:`workers.dicom.structures`, or ``label.no-image``
+    without ``image``.
     """
-    volume = read_volume(source)
+    if is_dicom_file(Path(source)):
+        return _read_annotation(Path(source), image, labels)
+    scan, steps_mm = _read(source, reading)
+    _refuse_nonfinite(scan.volume.voxels)
+    volume = _whole_numbers(scan.volume)
+    if steps_mm is not None:
+        from vnet_core.straighten import straightened_labels
+
+        volume = straightened_labels(volume, steps_mm)
+    return replace(scan, volume=volume)
+
+
+def read_geometry(source: str | Path, reading: ReadingPlan = AS_STORED) -> Geometry:
+    """The grid alone, from headers; every check of :func:`read_scan` that needs no voxel is made."""
+    path, series = _split(source)
+    if is_ome_zarr(path):
+        return settled(ome_zarr_layout(path).grid, reading.sheared_axes).geometry
+    if os.path.isdir(path):
+        return series_geometry(find_series(path, series), reading)
+    with unchanged(path):
+        layout = _layout(path, reading)
+        place = settled(layout.grid, reading.sheared_axes)
+        _second_opinion(path, layout, reading)
+    return place.geometry
+
+
+def source_files(source: str | Path) -> list[Path]:
+    """All files whose bytes make up the source, sorted: the data file beside a header, the slices of a series."""
+    path, series = _split(source)
+    if is_ome_zarr(path):
+        return ome_zarr_files(path)
+    if os.path.isdir(path):
+        found = find_series(path, series)
+        if found.problem is not None:  # of a damaged series some files are not listed
+            raise found.problem
+        return sorted(found.files)
+    if is_nifti(path) or not is_scan(path):  # one file by its definition: nothing to parse
+        open_regular(path).close()
+        return [path]
+    return sorted({path, _layout(path, AS_STORED).data_file})
+
+
+def is_dicom_file(path: Path) -> bool:
+    """Whether it is a single DICOM file, by its first bytes or its suffix."""
+    if not os.path.isfile(path):
+        return False
+    with open_regular(path) as file:
+        return file.read(132)[128:] == b"DICM" or path.name.lower().endswith(".dcm")
+
+
+def _read_annotation(path: Path, image: Geometry | None, labels: Sequence[Label]) -> Scan:
+    """A DICOM segmentation or the contours of a structure set, by what the file says it is."""
+    if image is None:
+        raise ScanError("label.no-image", "a DICOM label lies on the grid of its image; give that image with it")
+    with unchanged(path):
+        try:
+            kind = read_elements(path).text(_SOP_CLASS)
+        except NotDicom:
+            kind = ""
+        if kind in SEGMENTATION_CLASSES:
+            return read_segmentation(path, image, labels)
+        if kind == STRUCTURE_CLASS:
+            return read_structures(path, image, labels)
+    raise ScanError(
+        "scan.unreadable", "the DICOM file is neither a segmentation nor a structure set; give one, or a label map"
+    )
+
+
+def _split(source: str | Path) -> tuple[Path, str]:
+    path = Path(source)
+    head, mark, series = str(source).rpartition("#")
+    if mark and not os.path.exists(path) and os.path.isdir(head):  # no error for a name that no file can have
+        return Path(head), series
+    return path, ""
+
+
+def _read(source: str | Path, reading: ReadingPlan) -> tuple[Scan, np.ndarray | None]:
+    """The scan as stored; where its axes are sheared, on a stand-in of its origin alone, and with its steps in mm."""
+    path, series = _split(source)
+    if is_ome_zarr(path):
+        voxels, image = read_ome_zarr(path)
+        return _on_its_grid(voxels, image.grid, settled(image.grid, reading.sheared_axes), image.warnings)
+    if os.path.isdir(path):
+        found = find_series(path, series)
+        with unchanged(*found.files):
+            return read_series(found, reading), None
+    with unchanged(path):
+        layout = _layout(path, reading)
+        with unchanged(layout.data_file):
+            place = settled(layout.grid, reading.sheared_axes)
+            voxels, notes = read_block(layout)  # first: damage is told as damage, not as odd geometry
+            doubts = _second_opinion(path, layout, reading)
+    return _on_its_grid(voxels, layout.grid, place, (*layout.warnings, *notes, *doubts))
+
+
+def _on_its_grid(
+    voxels: np.ndarray, grid: FileGrid, place: Settled, warnings: tuple[str, ...]
+) -> tuple[Scan, np.ndarray | None]:
+    noted = tuple(dict.fromkeys((*warnings, *place.warnings)))
+    if not place.sheared:
+        return Scan(Volume(voxels[None], place.geometry), noted), None
+    stand_in = replace(place.geometry, shape=grid.shape, origin_mm=matrix_of([grid.origin_mm] * 3)[0])
+    return Scan(Volume(voxels[None], stand_in), noted), grid.steps_mm
+
+
+def _layout(path: Path, reading: ReadingPlan) -> Layout:
+    name = path.name.lower()
+    if name.endswith(NIFTI_SUFFIXES):
+        return nifti_layout(path, reading.nifti_transform)
+    if name.endswith(META_SUFFIXES):
+        return meta_layout(path)
+    if name.endswith(NRRD_SUFFIXES):
+        return nrrd_layout(path)
+    with open_regular(path) as file:
+        raise not_a(f"scan file ({', '.join(SCAN_SUFFIXES)})", file.read(348))
+
+
+def _second_opinion(path: Path, layout: Layout, reading: ReadingPlan) -> tuple[str, ...]:
+    return second_opinion(path, layout.grid, reading.nifti_transform) if is_nifti(path) else ()
+
+
+def _refuse_nonfinite(voxels: np.ndarray) -> None:
+    if voxels.dtype.kind != "f":
+        return
+    bad = sum(int(np.count_nonzero(~np.isfinite(plane))) for plane in voxels[0])
+    if bad:
+        raise ScanError(
+            "scan.nonfinite", f"{bad} of {voxels.size} voxels are NaN or Inf; replace them by measured values"
+        )
+
+
+def _whole_numbers(volume: Volume) -> Volume:
     voxels = volume.voxels
     if voxels.dtype.kind == "f":
         fractional = sum(int(np.count_nonzero(plane != np.trunc(plane))) for plane in volume.labels)
@@ -102,181 +252,3 @@ def read_label(source: str | Path) -> Volume:
     if high > 65535:
         raise ScanError("label.values", f"the largest label is {high:g}, must be at most 65535; renumber the labels")
     return Volume(voxels.astype(np.uint8 if high < 256 else np.uint16, copy=False), volume.geometry)
-
-
-def read_geometry(source: str | Path) -> Geometry:
-    """The grid alone, from headers; every check of :func:`read_volume` that needs no voxel is made."""
-    path, series = _split(source)
-    if path.is_dir():
-        return series_grid(series_files(path, series))[1]
-    geometry = _layout(path).geometry
-    _check_second_reader(path, geometry)
-    return geometry
-
-
-def source_files(source: str | Path) -> list[Path]:
-    """All files whose bytes make up the source, sorted: the data file beside a header, the slices of a series."""
-    path, series = _split(source)
-    if path.is_dir():
-        return series_files(path, series)
-    if path.name.lower().endswith(_NIFTI_SUFFIXES):  # one file by its definition: nothing to parse
-        open_regular(path).close()
-        return [path]
-    return sorted({path, _layout(path).data_file})
-
-
-def write_label(path: Path, labels: np.ndarray, geometry: Geometry) -> None:
-    """Write uint8 or uint16 ``labels`` (Z, Y, X) by the suffix of ``path``; the same input gives the same bytes.
-
-    NIfTI gets sform and qform, both code 1: sform to the last digit of float32, which nibabel and ITK prefer.
-    ``ScanError``: ``scan.shape``, ``label.dtype``; ``ConfigError`` ``output.format`` for another suffix.
-    """
-    if labels.dtype not in (np.uint8, np.uint16):
-        raise ScanError("label.dtype", f"labels are {labels.dtype}, must be uint8 or uint16; convert them first")
-    _write(path, labels, geometry)
-
-
-def write_volume(path: Path, volume: Volume) -> None:
-    """Write a volume of one channel, uint8, uint16, int16 or float32, in the way of :func:`write_label`.
-
-    ``ScanError`` ``scan.dtype``; ``ConfigError`` ``output.format`` for another suffix.
-    """
-    if volume.voxels.dtype not in _DTYPE_NAMES:
-        known = ", ".join(map(str, _DTYPE_NAMES))
-        raise ScanError("scan.dtype", f"voxels are {volume.voxels.dtype}, must be one of {known}; convert them first")
-    _write(path, volume.labels, volume.geometry)
-
-
-def _write(path: Path, voxels: np.ndarray, geometry: Geometry) -> None:
-    if voxels.shape != geometry.shape:
-        raise ScanError("scan.shape", f"voxels of shape {voxels.shape} do not fit the grid {geometry.shape}")
-    suffix = next((s for s in LABEL_SUFFIXES if path.name.lower().endswith(s)), None)
-    if suffix is None:
-        raise ConfigError(
-            "output.format", f"{path.suffix!r} is no scan format; end the name in one of {', '.join(LABEL_SUFFIXES)}"
-        )
-    planes = (np.ascontiguousarray(p, voxels.dtype.newbyteorder("<")).tobytes() for p in voxels)
-    with path.open("wb") as file:
-        if suffix == ".mha":
-            packer = zlib.compressobj()
-            data = [packer.compress(plane) for plane in planes] + [packer.flush()]
-            file.write(_meta_header(voxels.dtype, geometry, sum(map(len, data))))
-            file.writelines(data)
-        elif suffix == ".nrrd":
-            file.write(_nrrd_header(voxels.dtype, geometry))
-            _write_gzip(file, planes)
-        elif suffix == ".nii.gz":
-            _write_gzip(file, chain([_nifti_header(voxels.dtype, geometry)], planes))
-        else:
-            file.write(_nifti_header(voxels.dtype, geometry))
-            file.writelines(planes)
-
-
-# --- files
-
-
-def _split(source: str | Path) -> tuple[Path, str | None]:
-    path = Path(source)
-    head, mark, series = str(source).rpartition("#")
-    if mark and not path.exists() and Path(head).is_dir():
-        return Path(head), series
-    return path, None
-
-
-def _layout(path: Path) -> Layout:
-    name = path.name.lower()
-    if name.endswith(_NIFTI_SUFFIXES):
-        return nifti_layout(path)
-    if name.endswith((".mha", ".mhd")):
-        return meta_layout(path)
-    if name.endswith((".nrrd", ".nhdr")):
-        return nrrd_layout(path)
-    with open_regular(path) as file:
-        raise not_a(f"scan file ({', '.join(SCAN_SUFFIXES)})", file.read(132))
-
-
-def _check_second_reader(path: Path, geometry: Geometry) -> None:
-    """Refuse a NIfTI header that ITK places elsewhere: its mask would fit the scan in one viewer and not in another."""
-    if not path.name.lower().endswith(_NIFTI_SUFFIXES):
-        return
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("NiftiImageIO")
-    reader.SetFileName(str(path))
-    with quiet_itk():
-        try:
-            reader.ReadImageInformation()
-        except RuntimeError:  # its text names the file
-            raise ScanError(
-                "geometry.not-orthonormal",
-                "SimpleITK refuses the header: the axes are sheared, or sform and qform contradict; resample the scan",
-            ) from None
-    steps = np.array(reader.GetDirection()).reshape(3, 3) * np.array(reader.GetSpacing())
-    spacing, direction = file_axes(geometry)
-    reach = np.abs(steps - direction * spacing) @ (np.array(geometry.shape[::-1]) - 1)
-    apart_mm = float(np.linalg.norm(reach + np.abs(np.array(reader.GetOrigin()) - geometry.origin_mm)))
-    if not apart_mm <= _READERS_AGREE_VOXELS * spacing.min():
-        raise ScanError(
-            "geometry.ambiguous",
-            f"two readers place the scan up to {apart_mm:.3g} mm apart (spacing {spacing.min():.3g} mm), because sform,"
-            " qform, pixdim or units disagree; make them agree, or convert the scan again from its source",
-        )
-
-
-# --- headers of written files
-
-
-def _write_gzip(file: BinaryIO, pieces: Iterator[bytes]) -> None:
-    with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=file, mtime=0) as stream:
-        stream.writelines(pieces)
-
-
-def _nifti_header(dtype: np.dtype, geometry: Geometry) -> bytes:
-    """352 bytes: NIfTI-1, millimetres, no text; fields at the byte offsets of nifti1.h."""
-    spacing, direction = file_axes(geometry)
-    lps_to_ras = np.diag([-1.0, -1.0, 1.0])
-    affine = lps_to_ras @ np.column_stack([direction * spacing, geometry.origin_mm])
-    left, _, right = np.linalg.svd(lps_to_ras @ direction)
-    axes = left @ right  # the nearest orthonormal matrix, which a quaternion needs
-    hand = 1.0 if np.linalg.det(axes) > 0 else -1.0
-    axes[:, 2] *= hand
-    header = bytearray(352)
-    struct.pack_into("<i", header, 0, 348)
-    if max(geometry.shape) > 32767:
-        raise ScanError("scan.too-large", f"NIfTI holds at most 32767 voxels along an axis, not {geometry.shape}")
-    struct.pack_into("<8h", header, 40, 3, *geometry.shape[::-1], 1, 1, 1, 1)
-    struct.pack_into("<2h", header, 70, _DTYPE_NAMES[dtype][0], 8 * dtype.itemsize)
-    struct.pack_into("<8f", header, 76, hand, *spacing, 1.0, 1.0, 1.0, 1.0)
-    struct.pack_into("<3f", header, 108, 352.0, 1.0, 0.0)  # vox_offset, scl_slope, scl_inter
-    header[123] = 2  # mm
-    struct.pack_into("<2h", header, 252, 1, 1)  # qform and sform: scanner coordinates
-    struct.pack_into("<3f", header, 256, *Rotation.from_matrix(axes).as_quat(canonical=True)[:3])
-    struct.pack_into("<3f", header, 268, *affine[:, 3])
-    struct.pack_into("<12f", header, 280, *affine.ravel())
-    header[344:348] = b"n+1\0"
-    return bytes(header)
-
-
-def _meta_header(dtype: np.dtype, geometry: Geometry, packed_bytes: int) -> bytes:
-    spacing, direction = file_axes(geometry)
-    return (
-        "ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nCompressedData = True\n"
-        f"CompressedDataSize = {packed_bytes}\n"
-        f"TransformMatrix = {_spaced(direction.T.ravel())}\nOffset = {_spaced(geometry.origin_mm)}\n"
-        f"CenterOfRotation = 0 0 0\nElementSpacing = {_spaced(spacing)}\nDimSize = {_spaced(geometry.shape[::-1])}\n"
-        f"ElementType = {_DTYPE_NAMES[dtype][1]}\nElementDataFile = LOCAL\n"
-    ).encode()
-
-
-def _nrrd_header(dtype: np.dtype, geometry: Geometry) -> bytes:
-    spacing, direction = file_axes(geometry)
-    vectors = " ".join(f"({_spaced(column, ',')})" for column in (direction * spacing).T)
-    return (
-        f"NRRD0004\ntype: {_DTYPE_NAMES[dtype][2]}\ndimension: 3\nspace: left-posterior-superior\n"
-        f"sizes: {_spaced(geometry.shape[::-1])}\nspace directions: {vectors}\nkinds: domain domain domain\n"
-        f"endian: little\nencoding: gzip\nspace origin: ({_spaced(geometry.origin_mm, ',')})\n\n"
-    ).encode()
-
-
-def _spaced(numbers: np.ndarray | tuple[float, ...], separator: str = " ") -> str:
-    """Shortest text that reads back as the same double."""
-    return separator.join(repr(n.item() if isinstance(n, np.generic) else n) for n in numbers)

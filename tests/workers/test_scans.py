@@ -20,7 +20,6 @@ from workers.scans import (
     LABEL_SUFFIXES,
     SCAN_SUFFIXES,
     case_stem,
-    dicom_series,
     is_scan,
     read_geometry,
     read_label,
@@ -386,7 +385,6 @@ NIFTI_REFUSALS = {
     "magic": (nifti_bytes(None, (344, "4s", b"XXXX")), "scan.unreadable"),
     "two-file magic": (nifti_bytes(None, (344, "4s", b"ni1\0")), "scan.unreadable"),
     "sizeof_hdr": (nifti_bytes(None, (0, "i", 999)), "scan.unreadable"),
-    "nifti-2": (nib.Nifti2Image(numbered(dtype="i2").T, np.eye(4)).to_bytes(), "scan.unreadable"),
     "dims huge": (nifti_bytes(None, (42, "3h", 32767, 32767, 32767)), "scan.too-large"),
     "dim negative": (nifti_bytes(None, (42, "h", -5)), "scan.empty"),
     "dim zero": (nifti_bytes(None, (42, "h", 0)), "scan.empty"),
@@ -413,7 +411,6 @@ NIFTI_REFUSALS = {
     "sform zero": (nifti_bytes(None, (280, "12f", *[0] * 12)), "geometry.spacing"),
     "sform singular": (nifti_bytes(None, (280, "8f", 1, 1, 0, 0, 0, 0, 1, 0)), "geometry.not-orthonormal"),
     "shear": (nifti_bytes(None, (284, "f", 0.3)), "geometry.not-orthonormal"),
-    "shear that only ITK minds": (nifti_bytes(None, NO_QFORM, (284, "f", 0.0004)), "geometry.not-orthonormal"),
     "no geometry": (nifti_bytes(None, (252, "2h", 0, 0)), "geometry.missing"),
     "quaternion too long": (nifti_bytes(None, (252, "2h3f", 1, 0, 1, 1, 1)), "geometry.not-orthonormal"),
     "quaternion nan": (nifti_bytes(None, (252, "2h3f", 1, 0, np.nan, 0, 0)), "geometry.not-orthonormal"),
@@ -611,7 +608,7 @@ NRRD = (
 )
 NRRD_EDITS = {
     "magic": (b"NRRD0004", b"NEARD004", "scan.unreadable"),
-    "encoding": (b"raw", b"bzip2", "scan.unreadable"),
+    "encoding": (b"raw", b"hex", "scan.unreadable"),
     "type": (b"short", b"block", "scan.dtype"),
     "sizes absent": (b"sizes: 5 4 3\n", b"", "scan.header"),
     "huge": (b"5 4 3", b"99999 99999 99999", "scan.too-large"),
@@ -627,6 +624,7 @@ NRRD_EDITS = {
     "origin absent": (b"space origin: (1,2,3)\n", b"", "scan.header"),
     "units": (b"sizes", b'space units: "um" "um" "um"\nsizes', "geometry.ambiguous"),
     "not gzip": (b"raw", b"gzip", "scan.checksum"),
+    "not bzip2": (b"raw", b"bzip2", "scan.checksum"),
     "data file outside": (b"sizes", b"data file: ../x.raw\nsizes", "scan.path-escape"),
     "data file list": (b"sizes", b"data file: LIST\nsizes", "scan.path-escape"),
     "data file pattern": (b"sizes", b"data file: x%03d.raw 1 3 1\nsizes", "scan.path-escape"),
@@ -735,7 +733,7 @@ def test_a_series_is_read_in_the_order_of_its_positions(tmp_path):
     assert volume.geometry == Geometry((6, 4, 5), (2.5, 0.75, 0.5), (-12.5, 30.25, 7.0))
     assert read_geometry(tmp_path) == volume.geometry
     assert source_files(tmp_path) == sorted(tmp_path.iterdir())
-    assert dicom_series(tmp_path) == {"1.2.3": sorted(tmp_path.iterdir())}
+    assert source_files(f"{tmp_path}#1.2.3") == source_files(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -788,7 +786,6 @@ def test_several_series_in_one_folder(tmp_path):
     for path in list(tmp_path.iterdir()):
         path.rename(path.with_suffix(".ima"))
     second = series(tmp_path, 3, series="1.2.4")
-    assert sorted(dicom_series(tmp_path)) == ["1.2.3", "1.2.4"]
     assert refused(tmp_path) == "dicom.several-series"
     assert refused(f"{tmp_path}#1.2.5") == "dicom.unknown-series"
     np.testing.assert_array_equal(read_volume(f"{tmp_path}#1.2.4").voxels[0], second)
@@ -821,7 +818,7 @@ SERIES_REFUSALS = {
     "position nan": ({"position": lambda z: (0, 0, "nan")}, "dicom.missing-geometry"),
     "axes not unit": ({"axes": (1.1, 0, 0, 0, 1, 0)}, "geometry.not-orthonormal"),
     "axes not square": ({"axes": (1, 0, 0, 0.1, 0.995, 0)}, "geometry.not-orthonormal"),
-    "several frames": ({"frames": "2"}, "dicom.multiframe"),
+    "several frames": ({"frames": "2"}, "dicom.corrupt-slice"),
     "bits allocated too many": ({"bits": 32}, "dicom.corrupt-slice"),
     "more rows than pixels": ({"rows": 5}, "dicom.corrupt-slice"),
     "sizes differ": ({"rows": lambda z: 5 if z == 2 else 4}, "dicom.corrupt-slice"),
