@@ -18,6 +18,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from vnet_core.errors import StorageError
 from vnet_core.geometry import Geometry, to_mapping
 from vnet_core.plan import Label
+from workers.dicom.codes import LABEL_COLOURS
 from workers.store import Root, raise_if_full
 
 CHUNK_EDGE = 64
@@ -79,16 +80,15 @@ def read_array(root: Root, prefix: str, name: str) -> np.ndarray:
         raise StorageError("store.corrupt", f"{prefix}/{name} is damaged ({error}); delete it and run again") from error
 
 
-LABEL_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0))
-"""Okabe and Ito's colour-blind-safe colours, cycled over the labels."""
-
-
 def write_ome_labels(root: Root, prefix: str, mask: np.ndarray, geometry: Geometry, labels: Sequence[Label]) -> None:
     """A mask (Z, Y, X) as an OME-Zarr 0.5 image-label group under ``prefix``.
 
     The axes are the source scan's array axes z, y, x in millimetres; scale and translation are along them. The full
-    geometry, with direction cosines, is in the attribute ``vnet``.
+    geometry, with direction cosines, is in the attribute ``vnet``. Every label has a colour, its name and its volume.
     """
+    voxels = np.zeros(int(mask.max(initial=0)) + 1, np.int64)
+    for plane in mask:
+        voxels += np.bincount(plane.ravel(), minlength=len(voxels))
     scale = {"type": "scale", "scale": list(geometry.spacing_mm)}
     along_axes = np.asarray(geometry.origin_mm) @ np.asarray(geometry.direction)
     translation = {"type": "translation", "translation": [float(v) for v in along_axes]}
@@ -106,7 +106,14 @@ def write_ome_labels(root: Root, prefix: str, mask: np.ndarray, geometry: Geomet
                 {"label-value": label.value, "rgba": [*LABEL_COLOURS[i % len(LABEL_COLOURS)], 255]}
                 for i, label in enumerate(labels)
             ],
-            "properties": [{"label-value": label.value, "name": label.name} for label in labels],
+            "properties": [
+                {
+                    "label-value": label.value,
+                    "name": label.name,
+                    "volume_ml": int(voxels[label.value : label.value + 1].sum()) * geometry.voxel_ml,
+                }
+                for label in labels
+            ],
         },
     }
     root.delete(prefix)

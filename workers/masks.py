@@ -1,11 +1,12 @@
 """One finished mask in the storage root: proved, measured, pictured, and published by its receipt.
 
 results/<cohort>/<case>/<key>/
-    mask.nii.gz | mask.mha | mask.nrrd   on the scan's own grid
-    mask.ome.zarr/                       the same as an OME-Zarr label image
-    report.json                          one row per label
-    qc.png                               three planes per label
-    receipt.json                         last
+    mask.nii.gz | mask.mha | mask.nrrd | mask.seg.dcm | mask.rtstruct.dcm
+                        on the scan's own grid, unless the OME-Zarr is the mask
+    mask.ome.zarr/      the same as an OME-Zarr label image
+    report.json         one row per label
+    qc.png              three planes per label; absent where text may be burnt into the pixels
+    receipt.json        last
 """
 
 from __future__ import annotations
@@ -19,25 +20,53 @@ import numpy as np
 from vnet_core.errors import ConfigError, StorageError
 from vnet_core.geometry import Geometry, same_grid, to_canonical, world_mm
 from vnet_core.pictures import qc_picture
-from vnet_core.plan import Label
-from vnet_core.report import flags, measure, to_row
+from vnet_core.plan import Label, Plan
+from vnet_core.report import LabelReport, flags, measure, measure_regions, to_row
+from vnet_core.sections import OutputPlan
+from vnet_core.volume import Volume
 from workers.arrays import write_ome_labels
 from workers.cohort import Case
-from workers.scans import read_label, read_volume, write_label
+from workers.dicom.derived import Algorithm, source_headers
+from workers.dicom.segmentation import read_segmentation, write_segmentation
+from workers.dicom.structures import read_structures, write_structures
+from workers.reading import read_scan_apart
+from workers.scans import read_label, source_files, write_label
 from workers.store import Root, raise_if_full
 
-MaskFormat = Literal["nifti", "mha", "nrrd"]
-_FILES: dict[str, str] = {"nifti": "mask.nii.gz", "mha": "mask.mha", "nrrd": "mask.nrrd"}
+MaskFormat = Literal["nifti", "mha", "nrrd", "ome-zarr", "dicom-seg", "rtstruct"]
+_FILES: dict[str, str] = {
+    "nifti": "mask.nii.gz",
+    "mha": "mask.mha",
+    "nrrd": "mask.nrrd",
+    "ome-zarr": "mask.ome.zarr",
+    "dicom-seg": "mask.seg.dcm",
+    "rtstruct": "mask.rtstruct.dcm",
+}
+_OME = _FILES["ome-zarr"]
 
 CENTROID_TOLERANCE_MM = 0.01
 """How far the centroid of a mask that was read back may lie from that of the array it was written from."""
+CENTROID_TOLERANCE_VOXELS = 0.1
+"""The same in the finest spacing, where that is less."""
+NO_PICTURE = "none, burnt-in annotation possible"
+"""What ``report.json`` says of the picture where there is none."""
 
 
 def mask_file(mask_format: MaskFormat) -> str:
-    """The mask's file name. ConfigError ``mask.format`` for an unknown format."""
+    """Name of the mask's file, or of its folder. ConfigError ``mask.format`` for an unknown format."""
     if mask_format not in _FILES:
         raise ConfigError("mask.format", f"mask format {mask_format!r} is not one of {', '.join(get_args(MaskFormat))}")
     return _FILES[mask_format]
+
+
+def check_format(case: Case, mask_format: MaskFormat) -> None:
+    """Refuse a format that the case cannot have, before anything is computed.
+
+    ``ConfigError`` ``mask.format``; ``ScanError`` ``mask.needs-dicom`` and ``mask.source-header`` for DICOM formats of
+    a case whose first channel is no DICOM series, or whose header lacks what such a mask takes over.
+    """
+    if mask_file(mask_format).endswith(".dcm"):
+        source_headers(source_files(case.channels[0]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,16 +75,37 @@ class Mask:
 
     case: Case
     values: np.ndarray
-    labels: tuple[Label, ...]
+    """As the plan numbers them."""
+    plan: Plan
     mask_format: MaskFormat
+    algorithm: Algorithm
+    """The model that made it."""
     provenance: dict[str, Any]
     """Goes into the receipt: digests of plan, model and volume."""
+
+
+def written(values: np.ndarray, labels: Sequence[Label], output: OutputPlan) -> tuple[np.ndarray, tuple[Label, ...]]:
+    """Values (Z, Y, X) and labels, by ascending value, as the output section wants them written.
+
+    Labels with one value are one label, with their names joined by '+'; it has a code where all of them have the same.
+    """
+    told = {label.value: output.values.get(label.name, label.value) for label in labels}
+    table = np.zeros(int(max([*told, values.max(initial=0)])) + 1, np.int64)
+    for value, target in told.items():
+        table[value] = target
+    merged = []
+    for target in sorted(set(told.values()) - {0}):
+        parts = [label for label in labels if told[label.value] == target]
+        code = parts[0].code if len({part.code for part in parts}) == 1 else ""
+        merged.append(Label(value=target, name="+".join(part.name for part in parts), code=code))
+    return table.astype(_dtype(table.max(initial=0)))[values], tuple(merged)
 
 
 def publish_mask(root: Root, key: str, mask: Mask) -> None:
     """Write all files of a result and its receipt.
 
-    Raises StorageError ``mask.unproven`` when the written mask, read back, does not lie where the array lay.
+    Raises StorageError ``mask.unproven`` when a written mask, read back, does not lie where the array lay, and
+    ScanError as :func:`check_format` does.
     """
     geometry = mask.case.geometry
     assert geometry is not None, "a case without geometry was refused at ingest"
@@ -68,36 +118,63 @@ def publish_mask(root: Root, key: str, mask: Mask) -> None:
 
 def _publish(root: Root, key: str, mask: Mask, geometry: Geometry) -> None:
     root.delete(key)
+    plan = mask.plan
+    values, labels = written(mask.values, plan.labels, plan.output)
     name = mask_file(mask.mask_format)
-    path = root.path(f"{key}/{name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_label(path, mask.values, geometry)
-    _prove(root, f"{key}/{name}", mask.values, geometry)
-    write_ome_labels(root, f"{key}/mask.ome.zarr", mask.values, geometry, mask.labels)
-    reports = measure(mask.values, geometry, mask.labels)
-    rows = [{**to_row(report), "flags": list(flags(report))} for report in reports]
-    root.put_json(f"{key}/report.json", {"case": mask.case.id, "mask": name, "labels": rows, **mask.provenance})
-    image = read_volume(mask.case.channels[0])
-    root.put(f"{key}/qc.png", qc_picture(image.voxels[0], mask.values, geometry, mask.labels))
+    for file in sorted({name, _OME}):
+        path = root.path(f"{key}/{file}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if file == _OME:
+            write_ome_labels(root, f"{key}/{file}", values, geometry, labels)
+        elif file.endswith(".dcm"):
+            write = write_segmentation if mask.mask_format == "dicom-seg" else write_structures
+            write(path, values, geometry, labels, source_files(mask.case.channels[0]), mask.algorithm)
+        else:
+            write_label(path, values, geometry)
+        _prove(root, f"{key}/{file}", values, labels, geometry)
+    report: dict[str, Any] = {"labels": _rows(measure(mask.values, geometry, plan.labels))}
+    if plan.regions:
+        report["regions"] = _rows(measure_regions(mask.values, geometry, plan.labels, plan.regions))
+    scan = read_scan_apart(mask.case.channels[0], plan.reading)
+    if not scan.burnt_in:
+        root.put(f"{key}/qc.png", qc_picture(scan.volume.voxels[0], mask.values, geometry, plan.labels))
+    report |= {"case": mask.case.id, "mask": name, "picture": NO_PICTURE if scan.burnt_in else "qc.png"}
+    root.put_json(f"{key}/report.json", report | mask.provenance)
     root.seal(key, {"stage": "segment", "case_digest": mask.case.digest, **mask.provenance})
 
 
-def _prove(root: Root, key: str, values: np.ndarray, geometry: Geometry) -> None:
+def _rows(reports: Sequence[LabelReport]) -> list[dict[str, Any]]:
+    return [{**to_row(report), "flags": list(flags(report))} for report in reports]
+
+
+def _prove(root: Root, key: str, values: np.ndarray, labels: Sequence[Label], geometry: Geometry) -> None:
     """Read the mask back and compare voxels, grid and, on two ways, the centroid in world millimetres."""
-    written = read_label(root.path(key))
-    if not np.array_equal(written.labels, values) or not same_grid(written.geometry, geometry):
+    found = _read_back(root, key, labels, geometry)
+    if not np.array_equal(found.labels, values) or not same_grid(found.geometry, geometry):
         raise StorageError("mask.unproven", f"{key} does not read back as it was written; check the disk, run again")
     reorientation, canonical = to_canonical(geometry)
-    expected = _centroid_mm(reorientation.apply(values), canonical)
-    found = _centroid_mm(written.labels, written.geometry)
-    if expected is not None and found is not None:
-        distance_mm = float(np.abs(expected - found).max())
-        if distance_mm > CENTROID_TOLERANCE_MM:
+    expected_mm = _centroid_mm(reorientation.apply(values), canonical)
+    found_mm = _centroid_mm(found.labels, found.geometry)
+    if expected_mm is not None and found_mm is not None:
+        distance_mm = float(np.abs(expected_mm - found_mm).max())
+        allowed_mm = min(CENTROID_TOLERANCE_MM, CENTROID_TOLERANCE_VOXELS * min(geometry.spacing_mm))
+        if distance_mm > allowed_mm:
             raise StorageError(
                 "mask.unproven",
-                f"{key} reads back {distance_mm:.3f} mm from where it was computed (at most {CENTROID_TOLERANCE_MM}"
-                " mm); it was not published, report the scan's header",
+                f"{key} reads back {distance_mm:.3g} mm from where it was computed (at most {allowed_mm:.3g} mm);"
+                " it was not published, report the scan's header",
             )
+
+
+def _read_back(root: Root, key: str, labels: Sequence[Label], geometry: Geometry) -> Volume:
+    path = root.path(key)
+    if not key.endswith(".dcm"):
+        return read_label(path)
+    # by their order, not by their names: two labels may have one name
+    read = read_segmentation if key.endswith(_FILES["dicom-seg"]) else read_structures
+    numbered = read(path, geometry).volume
+    table = np.array([0, *(label.value for label in labels)])
+    return Volume(table[numbered.voxels], numbered.geometry)
 
 
 def _centroid_mm(values: np.ndarray, geometry: Geometry) -> np.ndarray | None:
@@ -114,4 +191,8 @@ def load_report(root: Root, key: str) -> dict[str, Any]:
 def label_values(classes: np.ndarray, labels: Sequence[Label]) -> np.ndarray:
     """Label values from class indices (0 background, i + 1 the i-th label); uint8 where all fit, else uint16."""
     values = [0, *(label.value for label in labels)]
-    return np.asarray(values, np.uint8 if max(values) <= 255 else np.uint16)[classes]
+    return np.asarray(values, _dtype(max(values)))[classes]
+
+
+def _dtype(largest: int) -> type[np.unsignedinteger]:
+    return np.uint8 if largest <= 255 else np.uint16

@@ -13,8 +13,9 @@ from vnet_core.errors import MemoryLimitError, StorageError
 from workers.arrays import read_array
 from workers.clusters import Engines
 from workers.cohort import Case, result_key, volume_geometry, volume_key
+from workers.dicom.derived import Algorithm
 from workers.ledger import Outcome, State, settle
-from workers.masks import Mask, MaskFormat, label_values, mask_file, publish_mask
+from workers.masks import Mask, MaskFormat, check_format, label_values, mask_file, publish_mask
 from workers.models import Model, load_model, load_networks
 from workers.store import Root
 
@@ -76,6 +77,7 @@ class Segmenter:
         if self.root.receipt(volume) is None:
             raise StorageError("segment.no-volume", f"{volume} of case {case.id} is not finished; preprocess it first")
         assert case.geometry is not None, "a finished volume has a geometry"
+        check_format(case, job.mask_format)
         image = torch.from_numpy(read_array(self.root, volume, "image"))
         with self._computing:
             self._check_memory(tuple(image.shape[1:]))
@@ -90,7 +92,8 @@ class Segmenter:
             "volume": volume,
             "precision": str(self.precision).removeprefix("torch."),
         }
-        publish_mask(self.root, key, Mask(case, values, plan.labels, job.mask_format, provenance))
+        algorithm = Algorithm(self.model.reference, self.model.digest[:16])
+        publish_mask(self.root, key, Mask(case, values, plan, job.mask_format, algorithm, provenance))
         return "computed", key, ()
 
     def _check_memory(self, shape: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from ome_zarr_models.v05 import ImageLabel
 
 from vnet_core.errors import StorageError
 from vnet_core.geometry import CANONICAL_DIRECTION, Geometry, from_mapping, matrix_of
@@ -217,9 +218,10 @@ def test_the_multiscales_of_ome_zarr_0_5_by_hand(root):
 
 def test_the_image_label_of_ome_zarr_0_5_by_hand(root):
     image_label = ome_group(root)["image-label"]
+    # two voxels of 3 x 0.7 x 0.8 mm have the last label
     assert image_label["properties"] == [
-        {"label-value": 1, "name": "liver"},
-        {"label-value": 300, "name": "tumour"},
+        {"label-value": 1, "name": "liver", "volume_ml": 0.0},
+        {"label-value": 300, "name": "tumour", "volume_ml": pytest.approx(0.00336)},
     ]
     assert [colour["label-value"] for colour in image_label["colors"]] == [1, 300]
     for colour in image_label["colors"]:
@@ -233,6 +235,19 @@ def test_more_labels_than_colours_still_have_values_of_their_own(root):
     colours = ome_group(root, labels=labels, dtype=np.uint8)["image-label"]["colors"]
     assert [colour["label-value"] for colour in colours] == list(range(1, 15))
     assert len({tuple(colour["rgba"]) for colour in colours[:6]}) == 6
+
+
+def test_the_field_s_own_models_accept_the_label_image(root):
+    ome = ome_group(root)
+    image = ImageLabel.from_zarr(zarr.open_group(root.path("r/labels"), mode="r"))
+    told = image.attributes.ome.image_label
+    assert [tuple(colour.rgba) for colour in told.colors] == [tuple(c["rgba"]) for c in ome["image-label"]["colors"]]
+    assert [p["volume_ml"] for p in ome["image-label"]["properties"]] == [p.volume_ml for p in told.properties]
+    ome["image-label"]["colors"][0]["rgba"] = [300, 0, 0, 255]
+    attributes = json.loads(root.get("r/labels/zarr.json"))["attributes"] | {"ome": ome}
+    zarr.open_group(root.path("r/labels"), mode="a").attrs.put(attributes)
+    with pytest.raises(ValueError, match="rgba"):
+        ImageLabel.from_zarr(zarr.open_group(root.path("r/labels"), mode="r"))
 
 
 def test_the_translation_lies_along_the_array_axes(root):
