@@ -28,6 +28,9 @@ CANONICAL_DIRECTION: Matrix = ((0.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0)
 ORTHONORMAL_TOLERANCE = 1e-3
 """Largest deviation of ``direction.T @ direction`` from the identity that still counts as orthonormal."""
 
+SAME_VOXELS = 0.1
+"""Voxels of two grids farther apart than this share of the finest spacing are not the same."""
+
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
@@ -87,9 +90,13 @@ def voxel_index(geometry: Geometry, point_mm: np.ndarray) -> np.ndarray:
 
 
 def same_grid(a: Geometry, b: Geometry, tolerance_mm: float = 1e-2) -> bool:
-    """Whether two grids have one shape and every voxel of them lies within ``tolerance_mm`` of its counterpart."""
+    """Whether two grids have one shape and every voxel of them lies within ``tolerance_mm`` of its counterpart.
+
+    Nor may it lie farther than ``SAME_VOXELS`` times the finest spacing: a voxel may be smaller than the tolerance.
+    """
     if a.shape != b.shape:
         return False
+    tolerance_mm = min(tolerance_mm, SAME_VOXELS * min(*a.spacing_mm, *b.spacing_mm))
     corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (np.asarray(a.shape) - 1)
     return bool(np.abs(world_mm(a, corners) - world_mm(b, corners)).max() <= tolerance_mm)
 
