@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from workers.harmless import one_line
 from workers.report import Night
 
 PICTURES = 8
@@ -25,6 +26,7 @@ TABLE_ROWS = 2_000
 """Most rows of a table artifact; the Parquet file has all."""
 
 NOTICE = "Research software, not a medical device: volumes and masks need a qualified person's review."
+NO_PICTURE = "No picture: this scan may have text in its pixels."
 FLAGS = {
     "empty": "the model found no voxel of this label",
     "touches-border": "the structure reaches the edge of the scan: its volume is at least what is stated",
@@ -39,11 +41,11 @@ def artifact_key(*parts: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 
 
-def night_markdown(night: Night, rows: Sequence[Row], picture: Callable[[str], bytes]) -> str:
+def night_markdown(night: Night, rows: Sequence[Row], picture: Callable[[str], bytes | None]) -> str:
     """The report of a night: counts, what needs a person's eye, then the cases with their pictures, worst first.
 
-    ``picture`` gives the QC picture (PNG) of a result key. Pictures are embedded as data URIs up to ``PICTURES``, and
-    as far as the report stays within ``REPORT_BYTES``.
+    ``picture`` gives the QC picture (PNG) of a result key, None where it has none. Pictures are embedded as data URIs,
+    up to ``PICTURES``, and as far as the report stays within ``REPORT_BYTES``.
     """
     cases = _by_case(rows)
     done = [case for case in cases.values() if case[0]["volume_ml"] is not None]
@@ -141,12 +143,13 @@ def _change(row: Row) -> float:
 
 
 def _summary(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
-    labels: dict[tuple[int, str], list[Row]] = {}
+    labels: dict[tuple[int | None, str], list[Row]] = {}
     for row in rows:
         if row["volume_ml"] is not None:
             labels.setdefault((row["label"], row["name"]), []).append(row)
     table = []
-    for (_, name), found in sorted(labels.items()):
+    # regions, which have no value of their own, come last
+    for (_, name), found in sorted(labels.items(), key=lambda item: (item[0][0] is None, item[0][0] or 0)):
         volumes = [row["volume_ml"] for row in found]
         flagged = sum(bool(row["flags"]) for row in found)
         figures = (statistics.median(volumes), min(volumes), max(volumes))
@@ -162,7 +165,7 @@ def _millilitres(volume_ml: float) -> str:
     return f"{volume_ml:.{decimals}f}"
 
 
-def _case_section(case: Sequence[Row], png: bytes) -> str:
+def _case_section(case: Sequence[Row], png: bytes | None) -> str:
     compared = any(row["change_ml"] is not None for row in case)
     columns: list[tuple[str, list[Any]]] = [
         ("label", [row["name"] for row in case]),
@@ -172,10 +175,11 @@ def _case_section(case: Sequence[Row], png: bytes) -> str:
         ("pieces", [row["components"] for row in case]),
         ("flags", [row["flags"] for row in case] if any(row["flags"] for row in case) else []),
     ]
-    shown = [(name, cells) for name, cells in columns if cells]
-    table = _table([name for name, _ in shown], zip(*(cells for _, cells in shown), strict=True))
+    filled = [(name, cells) for name, cells in columns if cells]
+    table = _table([name for name, _ in filled], zip(*(cells for _, cells in filled), strict=True))
     name = _text(case[0]["case"])
-    return f"### {name}\n\n{table}\n\n![{name}]({_data_uri(png)})"
+    shown = f"![{name}]({_data_uri(png)})" if png else f"*{NO_PICTURE}*"
+    return f"### {name}\n\n{table}\n\n{shown}"
 
 
 def _volume_text(row: Row) -> str:
@@ -207,18 +211,9 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
-UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]+")
-"""Control characters, and those that break lines or turn the direction of writing."""
-
-
-def _plain(value: Any) -> str:
-    """One line of text that can be stored anywhere."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", UNSEEN.sub(" ", str(value)))
-
-
 def _text(value: Any) -> str:
     """Text that Markdown and HTML show as it is, cut at ``TEXT_CHARACTERS``."""
-    text = _plain(value)
+    text = one_line(value)
     if len(text) > TEXT_CHARACTERS:
         text = f"{text[: TEXT_CHARACTERS - 2]} …"
     text = re.sub(r"([\\`*_~|\[\]#!])", r"\\\1", text)
@@ -227,7 +222,7 @@ def _text(value: Any) -> str:
 
 def _code(value: Any) -> str:
     """Text for a code span, in which nothing can be escaped."""
-    return re.sub(r"[`|<>&]", "", _plain(value))[:TEXT_CHARACTERS]
+    return re.sub(r"[`|<>&]", "", one_line(value))[:TEXT_CHARACTERS]
 
 
 VOLUME_COLUMNS = (
@@ -262,7 +257,7 @@ def _cell(value: Any) -> Any:
         return ""
     if isinstance(value, float):
         return round(value, 3)
-    return _plain(value) if isinstance(value, str) else value
+    return one_line(value) if isinstance(value, str) else value
 
 
 def training_markdown(facts: Mapping[str, Any], curves: Mapping[str, bytes]) -> str:
@@ -293,7 +288,7 @@ def training_markdown(facts: Mapping[str, Any], curves: Mapping[str, bytes]) -> 
                     f"{training['parameters']:,}",
                     len(training["training_cases"]),
                     len(training["validation_cases"]),
-                    _text(training["started_from"] or "nothing"),
+                    training["started_from"] or "nothing",
                 )
             ],
         ),

@@ -18,7 +18,7 @@ from flows.tasks import Progress, batches, preprocess_batch, refresh_cohort, rep
 from vnet_core.errors import ConfigError
 from vnet_core.plan import Plan
 from workers.clusters import dask_executor, ray_session
-from workers.cohort import Case, Entry, load_cohort, load_entries, volume_key
+from workers.cohort import Case, Entry, check_reading, load_cohort, load_entries, volume_key
 from workers.ledger import Outcome, counts
 from workers.masks import MaskFormat, mask_file
 from workers.models import Model, load_model
@@ -53,7 +53,8 @@ def segment_cohort(cohort: CohortName, model: ModelReference, mask_format: MaskF
     Args:
         cohort: name that was given at vnet ingest, such as liver
         model: name for its newest version, such as liver, or one version, such as liver@v2
-        mask_format: file format of the masks: NIfTI (.nii.gz), MetaImage (.mha) or NRRD (.nrrd)
+        mask_format: file format of the masks: NIfTI (.nii.gz), MetaImage (.mha), NRRD (.nrrd), OME-Zarr (.ome.zarr),
+            DICOM segmentation (.seg.dcm) or RT structure set (.rtstruct.dcm)
     """
     session = open_session()
     return _night(session, cohort, load_model(session.root, model), mask_format)
@@ -66,7 +67,8 @@ def nightly(cohort: CohortName, model: ModelReference, mask_format: MaskFormat =
     Args:
         cohort: name that was given at vnet ingest, such as liver
         model: name for its newest version, such as liver, or one version, such as liver@v2
-        mask_format: file format of the masks: NIfTI (.nii.gz), MetaImage (.mha) or NRRD (.nrrd)
+        mask_format: file format of the masks: NIfTI (.nii.gz), MetaImage (.mha), NRRD (.nrrd), OME-Zarr (.ome.zarr),
+            DICOM segmentation (.seg.dcm) or RT structure set (.rtstruct.dcm)
     """
     session = open_session()
     loaded = load_model(session.root, model)
@@ -77,7 +79,9 @@ def nightly(cohort: CohortName, model: ModelReference, mask_format: MaskFormat =
 def _night(session: Session, cohort: str, model: Model, mask_format: MaskFormat) -> State[Any]:
     """Everything from the cohort's entries to the report."""
     mask_file(mask_format)
-    channels = load_cohort(session.root, cohort).channels
+    loaded = load_cohort(session.root, cohort)
+    check_reading(loaded, model.plan)
+    channels = loaded.channels
     if len(channels) != len(model.plan.channels):
         raise ConfigError(
             "model.channels",

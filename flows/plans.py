@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from vnet_core.plan import Plan
 from vnet_core.planning import STEP_GMACS_PER_CORE, STEP_GMACS_PER_GPU, Derivation, Machine, derive_plan
 from vnet_core.sections import PRESETS
 from workers.clusters import Engines, gpu_memory_gib
-from workers.cohort import Cohort, Entry
+from workers.cohort import Cohort, Entry, check_reading
 from workers.models import load_model
 from workers.store import Root
 
@@ -41,13 +41,16 @@ def make_plan(root: Root, cohort: Cohort, entries: Sequence[Entry], source: Plan
 
     With nothing said it is the kept plan, so that cases can be added without a new one, or else one derived from the
     cohort's fingerprint. Raises ConfigError ``plan.missing``, ``plan.toml``, ``plan.no-labels``, ``plan.unknown-key``,
-    ``plan.value`` or ``plan.memory``.
+    ``plan.value``, ``plan.memory``, or ``plan.reading`` where files were read otherwise at ingest.
     """
     kept = f"cohorts/{cohort.name}/plan.json"
     if source == PlanSource() and root.exists(kept):
-        return Plan.from_mapping(root.get_json(kept))
+        plan = Plan.from_mapping(root.get_json(kept))
+        check_reading(cohort, plan)
+        return plan
     base = load_model(root, source.model).plan if source.model else derived(cohort, entries, engines).plan
     plan = settled(base, _settings(source))
+    check_reading(cohort, plan)
     check_memory(plan, machine(engines))
     root.put_json(kept, plan.model_dump(mode="json"))
     return plan
@@ -61,7 +64,8 @@ def derived(cohort: Cohort, entries: Sequence[Entry], engines: Engines) -> Deriv
             f"cohort {cohort.name} has 0 labels, so there is nothing to train; ingest it with its label folder",
         )
     fingerprint = total(e.fingerprint for e in entries if e.fingerprint and e.verdict.usable)
-    return derive_plan(fingerprint, cohort.channels, cohort.labels, machine(engines))
+    found = derive_plan(fingerprint, cohort.channels, cohort.labels, machine(engines))
+    return replace(found, plan=found.plan.model_copy(update={"reading": cohort.reading}))
 
 
 def machine(engines: Engines) -> Machine:
@@ -106,7 +110,7 @@ def check_memory(plan: Plan, machine: Machine) -> None:
 
 
 def _settings(source: PlanSource) -> dict[str, Any]:
-    settings = _read(source.settings) if source.settings != "auto" else {}
+    settings = read_settings(source.settings) if source.settings != "auto" else {}
     if source.preset:
         if source.preset not in PRESETS:
             raise ConfigError("plan.value", f"preset {source.preset!r} is not known; use one of {', '.join(PRESETS)}")
@@ -114,7 +118,8 @@ def _settings(source: PlanSource) -> dict[str, Any]:
     return settings
 
 
-def _read(source: str) -> dict[str, Any]:
+def read_settings(source: str) -> dict[str, Any]:
+    """The settings of a TOML file. ConfigError ``plan.missing`` or ``plan.toml``."""
     try:
         return tomllib.loads(Path(source).read_text(encoding="utf-8"))
     except OSError as error:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from flows.artifacts import ANSWER_COLUMNS, TABLE_ROWS, volume_table
 from flows.session import open_session
+from workers.harmless import one_line
 from workers.query import Query, query
 
 KEY = "query-reports"
@@ -58,6 +59,6 @@ def query_reports(question: Question = EVERYTHING) -> State[Any]:
     rows = query(session.root, Query(**asked, limit=TABLE_ROWS))
     limits = [f"{name} {value}" for name, value in asked.items() if value is not None]
     number = f"the newest {TABLE_ROWS} rows" if len(rows) == TABLE_ROWS else f"{len(rows)} rows"
-    found = f"{number} ({', '.join(limits) or 'no limits'})"
+    found = one_line(f"{number} ({', '.join(limits) or 'no limits'})")
     create_table_artifact(table=volume_table(rows, ANSWER_COLUMNS), key=KEY, description=found)
     return Completed(message=found, data={"rows": len(rows)})

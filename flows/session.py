@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from workers.identity import hush_readers, keep_identity
 from workers.site import Site, load_site
 from workers.store import Root
 
@@ -23,9 +24,14 @@ class Session:
 def open_session() -> Session:
     """The session of this process, from VNET_ROOT and VNET_SITE.
 
+    A section ``identity`` of the site file is kept in the root and holds from then on, also without the file.
+
     Raises ConfigError for a site file that cannot be used and StorageError ``store.unwritable``.
     """
+    hush_readers()
     site = load_site(os.environ.get(SITE_VARIABLE) or None)
     root = Root(os.environ.get(ROOT_VARIABLE) or site.root)
     root.probe()
+    if "identity" in site.model_fields_set:
+        keep_identity(root, site.identity)
     return Session(root, site)

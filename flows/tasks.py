@@ -24,7 +24,7 @@ from workers import preprocess as preprocess_stage
 from workers.clusters import processors
 from workers.cohort import Case, Cohort, Entry, load_cohort
 from workers.ingest import Names, ingest
-from workers.ledger import Outcome, counts
+from workers.ledger import Outcome, counts, nameless
 from workers.report import Night, night_id, night_ids, write_night
 from workers.segment import Job, SegmentPool
 from workers.store import Root
@@ -71,7 +71,7 @@ def batches(cases: Sequence[Case], size: int) -> Iterator[Sequence[Case]]:
 def refresh_cohort(root: Root, name: str) -> list[Outcome]:
     """Look through the cohort's sources again; new and changed files are read."""
     cohort: Cohort = load_cohort(root, name)
-    with ThreadPoolExecutor(processors()) as executor:
+    with nameless(f"ingest of cohort {name}"), ThreadPoolExecutor(processors()) as executor:
         _, outcomes = ingest(root, name, cohort.sources, executor, Names(cohort.channels, cohort.labels))
     get_run_logger().info("%s: %s", name, counts(outcomes))
     return outcomes
@@ -110,8 +110,12 @@ def report_night(
     )
     rows = write_night(root, night, outcomes, {entry.case.id: entry.case.patient for entry in entries})
     done = sum(outcome.done for outcome in outcomes)
+
+    def picture(key: str) -> bytes | None:
+        return root.get(f"{key}/qc.png") if root.exists(f"{key}/qc.png") else None
+
     create_markdown_artifact(
-        markdown=night_markdown(night, rows, lambda key: root.get(f"{key}/qc.png")),
+        markdown=night_markdown(night, rows, picture),
         key=artifact_key("night", cohort),
         description=f"{done} of {len(outcomes)} cases have a mask; night {night.id}",
     )

@@ -1,4 +1,4 @@
-"""What a label map holds: volumes, places and pieces, label by label."""
+"""What a label map holds: volumes, places and pieces, label by label and region by region."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from scipy import ndimage
 
 from vnet_core.errors import ScanError
 from vnet_core.geometry import Geometry, Triple, world_mm
-from vnet_core.plan import Label
+from vnet_core.plan import Label, Region
+
+Box = tuple[slice, slice, slice]
 
 MANY_COMPONENTS = 10
-"""A label in more pieces than this is flagged: most structures are one piece, and noise comes in dozens."""
+"""A structure in more pieces than this is flagged: most structures are one piece, and noise comes in dozens."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelReport:
-    """Size and place of one label. A label without voxels has volume 0 and None for every place."""
+    """Size and place of one label or region. Without voxels it has volume 0 and None for every place."""
 
-    label: int
-    """Its value in the label map."""
+    label: int | None
+    """Its value in the label map; None for a region, which has several."""
     name: str
     """Its name in the plan."""
     voxels: int
@@ -51,10 +53,24 @@ def measure(labels_ZYX: np.ndarray, geometry: Geometry, labels: Sequence[Label])
     Values that are not among ``labels`` count as background. After one pass over the map, each label costs the work
     of its own bounding box. Raises ScanError ``scan.shape`` when the map does not fit the grid.
     """
-    if labels_ZYX.shape != geometry.shape:
-        raise ScanError("scan.shape", f"labels of shape {labels_ZYX.shape} do not fit the grid {geometry.shape}")
-    boxes = ndimage.find_objects(labels_ZYX, max_label=max((label.value for label in labels), default=1))
-    return [_measure(labels_ZYX, geometry, label, boxes[label.value - 1]) for label in labels]
+    return _measured(labels_ZYX, geometry, [_Part(label.value, label.name, (label.value,)) for label in labels])
+
+
+def measure_regions(
+    labels_ZYX: np.ndarray, geometry: Geometry, labels: Sequence[Label], regions: Sequence[Region]
+) -> list[LabelReport]:
+    """One report per region, in their order: the voxels of all its values together; as :func:`measure` otherwise.
+
+    The map holds the values of the plan, as :func:`measure` wants it. Regions may overlap, so their volumes do not add
+    up. A region that is one of ``labels`` under the same name is left out: the label's report says the same.
+    """
+    alone = {(label.name, frozenset({label.value})) for label in labels}
+    parts = [
+        _Part(None, region.name, region.values)
+        for region in regions
+        if (region.name, frozenset(region.values)) not in alone
+    ]
+    return _measured(labels_ZYX, geometry, parts)
 
 
 def to_row(report: LabelReport) -> dict[str, int | float | str | bool | None]:
@@ -84,12 +100,36 @@ def flags(report: LabelReport) -> tuple[str, ...]:
     return tuple(flag for flag, present in found.items() if present)
 
 
-def _measure(
-    labels_ZYX: np.ndarray, geometry: Geometry, label: Label, box: tuple[slice, slice, slice] | None
-) -> LabelReport:
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one report is about."""
+
+    label: int | None
+    name: str
+    values: tuple[int, ...]
+
+
+def _measured(labels_ZYX: np.ndarray, geometry: Geometry, parts: Sequence[_Part]) -> list[LabelReport]:
+    if labels_ZYX.shape != geometry.shape:
+        raise ScanError("scan.shape", f"labels of shape {labels_ZYX.shape} do not fit the grid {geometry.shape}")
+    highest = max((value for part in parts for value in part.values), default=1)
+    boxes = ndimage.find_objects(labels_ZYX, max_label=highest)
+    return [_measure(labels_ZYX, geometry, part, _union([boxes[v - 1] for v in part.values])) for part in parts]
+
+
+def _union(boxes: Sequence[Box | None]) -> Box | None:
+    """The smallest box that holds all those that there are."""
+    found = [box for box in boxes if box is not None]
+    if not found:
+        return None
+    z, y, x = (slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*found, strict=True))
+    return z, y, x
+
+
+def _measure(labels_ZYX: np.ndarray, geometry: Geometry, part: _Part, box: Box | None) -> LabelReport:
     if box is None:
-        return LabelReport(label.value, label.name, 0, 0.0, None, None, None, None, None, 0, False)
-    mask = labels_ZYX[box] == label.value
+        return LabelReport(part.label, part.name, 0, 0.0, None, None, None, None, None, 0, False)
+    mask = labels_ZYX[box] == part.values[0] if len(part.values) == 1 else np.isin(labels_ZYX[box], part.values)
     start = np.array([s.start for s in box])
     voxels = int(np.count_nonzero(mask))
     per_index = (np.count_nonzero(mask, axis=tuple({0, 1, 2} - {a})) for a in range(3))
@@ -98,8 +138,8 @@ def _measure(
     _, components = cc3d.connected_components(mask.view(np.uint8), connectivity=26, return_N=True)
     lower_mm, upper_mm = _bounds_mm(mask, start, geometry)
     return LabelReport(
-        label=label.value,
-        name=label.name,
+        label=part.label,
+        name=part.name,
         voxels=voxels,
         volume_ml=voxels * geometry.voxel_ml,
         slice_first=box[0].start,

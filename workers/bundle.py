@@ -7,10 +7,11 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from vnet_core.curves import curve_picture
 from vnet_core.decide import structures
-from vnet_core.pictures import curve_picture
 from vnet_core.postprocess import choose
 from vnet_core.sections import Cleaning
+from workers.harmless import sheet_cell
 from workers.models import Model, Target, publish
 from workers.store import Root
 from workers.training_run import Run
@@ -77,7 +78,7 @@ def _curves(title: str, names: Sequence[str], found: Sequence[dict[str, Any]]) -
     """Pictures of loss and validation Dice against minutes, and the latter as a table, one line per fold."""
     table = io.StringIO()
     writer = csv.writer(table)
-    writer.writerow(["fold", "minutes", *(f"dice_{name}" for name in names)])
+    writer.writerow(["fold", "minutes", *(sheet_cell(f"dice_{name}") for name in names)])
     losses, dice = {}, {}
     for fold, facts in enumerate(found):
         suffix = f" fold {fold}" if len(found) > 1 else ""

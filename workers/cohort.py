@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,15 @@ from vnet_core.errors import ConfigError, ScanError, StorageError
 from vnet_core.fingerprint import Fingerprint
 from vnet_core.geometry import Geometry
 from vnet_core.plan import Label, Plan, digest_of
-from vnet_core.volume import Volume
+from vnet_core.sections import ReadingPlan
+from vnet_core.volume import Scan, Volume
+from workers.found import NotChosen
+from workers.identity import NAME, get_private, private_root, put_private
+from workers.identity import safe_id as safe_id
 from workers.ledger import State
-from workers.scans import read_volume, source_files
+from workers.reading import read_label_scan_apart, read_scan_apart
+from workers.scans import is_scan, source_files
 from workers.store import Root, file_digest
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-"""Names of cohorts, cases and models: they become folders and artifact keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +32,10 @@ class Case:
     """One thing to segment."""
 
     id: str
-    channels: tuple[str, ...]
-    """One source per channel: a file, or a folder of DICOM slices."""
-    label: str | None = None
+    channels: tuple[str, ...] = field(repr=False)
+    """One source per channel: a file, or a folder of DICOM slices. Like the label's, it may name the patient, so that
+    what prints cases does not print it."""
+    label: str | None = field(default=None, repr=False)
     """Source of the true labels, when known."""
     patient: str | None = None
     """Pseudonym; cases of one patient never fall on both sides of a split."""
@@ -74,12 +77,20 @@ class Cohort:
     """A named set of cases and where they come from."""
 
     name: str
-    sources: tuple[str, ...]
+    sources: tuple[str, ...] = field(repr=False)
     """Folders, files and manifests that are looked through at every ingest."""
     channels: tuple[str, ...]
     """Names of the input channels."""
     labels: tuple[Label, ...]
     """Names of the label values; empty when no case has a label."""
+    reading: ReadingPlan = field(default_factory=ReadingPlan)
+    """How its files become volumes."""
+    set_aside: dict[str, int] = field(default_factory=dict)
+    """What the sources hold that is no case, by reason."""
+    not_chosen: tuple[NotChosen, ...] = ()
+    """Series of studies that became no channel."""
+    archives: tuple[str, ...] = ()
+    """Keys of the archives that were unpacked for it."""
 
 
 def check_name(name: str, what: str) -> str:
@@ -89,25 +100,24 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
-def safe_id(text: str) -> str:
-    """A case id from any text: unusual characters become '-', and a short digest keeps the ids distinct."""
-    if NAME.fullmatch(text):
-        return text
-    cleaned = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._") or "case"
-    return f"{cleaned[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
 def save_cohort(root: Root, cohort: Cohort) -> None:
-    """Write the cohort's manifest."""
+    """Write the cohort's manifest; its sources, which may name patients, into the private folder."""
     mapping = asdict(cohort)
     mapping["labels"] = [label.model_dump() for label in cohort.labels]
-    root.put_json(f"cohorts/{cohort.name}/cohort.json", mapping)
+    mapping["reading"] = cohort.reading.model_dump(mode="json")
+    key = f"cohorts/{cohort.name}/cohort.json"
+    put_private(private_root(root), key, {"sources": mapping.pop("sources")})
+    root.put_json(key, mapping)
 
 
 def load_cohort(root: Root, name: str) -> Cohort:
-    """Read the manifest; ConfigError ``cohort.unknown`` names the cohorts that exist."""
+    """Read the manifest; ConfigError ``cohort.unknown`` names the cohorts that exist.
+
+    StorageError ``identity.no-private`` when its sources are not in the private folder.
+    """
+    key = f"cohorts/{check_name(name, 'cohort')}/cohort.json"
     try:
-        mapping = root.get_json(f"cohorts/{check_name(name, 'cohort')}/cohort.json")
+        mapping = root.get_json(key)
     except StorageError as error:
         if error.code != "store.missing":
             raise
@@ -118,51 +128,71 @@ def load_cohort(root: Root, name: str) -> Cohort:
         ) from None
     return Cohort(
         mapping["name"],
-        tuple(mapping["sources"]),
+        tuple(get_private(private_root(root), key)["sources"]),
         tuple(mapping["channels"]),
         tuple(Label(**label) for label in mapping["labels"]),
+        ReadingPlan(**mapping.get("reading", {})),
+        mapping.get("set_aside", {}),
+        tuple(NotChosen(**series) for series in mapping.get("not_chosen", ())),
+        tuple(mapping.get("archives", ())),
     )
 
 
 def save_entry(root: Root, cohort: str, entry: Entry) -> None:
-    """Write one case's entry."""
+    """Write one case's entry; where its files lie, and the stamp made of that, into the private folder."""
     case = asdict(replace(entry.case, geometry=None))
     case["geometry"] = geo.to_mapping(entry.case.geometry) if entry.case.geometry else None
+    key = _entry_key(cohort, entry.case.id)
+    private = {"channels": case.pop("channels"), "label": case.pop("label"), "stamp": entry.stamp}
+    put_private(private_root(root), key, private)
     root.put_json(
-        _entry_key(cohort, entry.case.id),
+        key,
         {
             "case": case,
             "verdict": asdict(entry.verdict),
             "fingerprint": fp.to_mapping(entry.fingerprint) if entry.fingerprint else None,
-            "stamp": entry.stamp,
         },
     )
 
 
 def load_entry(root: Root, cohort: str, case_id: str) -> Entry:
-    """Read one case's entry."""
-    mapping = root.get_json(_entry_key(cohort, case_id))
-    case = mapping["case"]
-    case["channels"] = tuple(case["channels"])
+    """Read one case's entry; StorageError ``identity.no-private`` when the private folder does not hold its part."""
+    return _load(root, private_root(root), _entry_key(cohort, case_id))
+
+
+def known_entry(root: Root, cohort: str, case_id: str) -> Entry | None:
+    """The case's entry, or None when the root or the private folder does not hold it."""
+    try:
+        return load_entry(root, cohort, case_id)
+    except StorageError as error:
+        if error.code not in ("store.missing", "identity.no-private"):
+            raise
+        return None
+
+
+def _load(root: Root, private_parts: Root, key: str) -> Entry:
+    mapping, private = root.get_json(key), get_private(private_parts, key)
+    case, verdict = mapping["case"], mapping["verdict"]
+    case |= {"channels": tuple(private["channels"]), "label": private["label"]}
     case["geometry"] = geo.from_mapping(case["geometry"]) if case["geometry"] else None
-    verdict = mapping["verdict"]
     return Entry(
         Case(**case),
         Verdict(verdict["state"], tuple(verdict["codes"]), verdict["message"]),
         fp.from_mapping(mapping["fingerprint"]) if mapping["fingerprint"] else None,
-        mapping["stamp"],
+        private["stamp"],
     )
 
 
 def load_entries(root: Root, cohort: str) -> list[Entry]:
     """All entries of a cohort, by case id."""
-    names = root.names(f"cohorts/{cohort}/cases")
-    return [load_entry(root, cohort, name.removesuffix(".json")) for name in names]
+    private, names = private_root(root), root.names(f"cohorts/{cohort}/cases")
+    return [_load(root, private, _entry_key(cohort, name.removesuffix(".json"))) for name in names]
 
 
 def remove_entry(root: Root, cohort: str, case_id: str) -> None:
     """Forget a case that its sources no longer hold; its results stay."""
     root.delete(_entry_key(cohort, case_id))
+    private_root(root).delete(_entry_key(cohort, case_id))
 
 
 def _entry_key(cohort: str, case_id: str) -> str:
@@ -188,30 +218,146 @@ def result_key(cohort: str, case: Case, plan: Plan, model_digest: str) -> str:
     return f"results/{cohort}/{case.id}/{digest_of(parts)[:40]}"
 
 
-def read_channels(sources: Sequence[str]) -> Volume:
-    """All channels of a case as one Volume (C, Z, Y, X). ScanError ``cohort.channel-grid`` when their grids differ."""
-    volumes = [read_volume(source) for source in sources]
+def check_reading(cohort: Cohort, plan: Plan) -> None:
+    """ConfigError ``plan.reading`` when the plan reads files differently than they were read at ingest.
+
+    Rules of selection may differ: they say which series is which channel, and change no voxel.
+    """
+    read, wanted = (_settings(reading) for reading in (cohort.reading, plan.reading))
+    differing = [name for name in read if read[name] != wanted[name]]
+    if differing:
+        raise ConfigError(
+            "plan.reading",
+            f"cohort {cohort.name} was read with "
+            + ", ".join(f"reading.{name} = {read[name]!r} (the plan has {wanted[name]!r})" for name in differing)
+            + "; run vnet ingest again with --plan, or take a model that was trained with these settings",
+        )
+
+
+def _settings(reading: ReadingPlan) -> dict[str, Any]:
+    """Settings that decide voxels and grids."""
+    return reading.model_dump(mode="json", exclude={"select"})
+
+
+def scan_channels(sources: Sequence[str], reading: ReadingPlan) -> Scan:
+    """All channels of a case, voxels (C, Z, Y, X), on the grid of the first one.
+
+    Each is read in a process of its own kind: a crash, a hang or hunger for memory is a refusal. ``ScanError``: what
+    reading gives, ``cohort.frames`` where channels have different frames of reference, ``cohort.channel-grid`` where
+    their grids differ and ``reading`` does not allow to resample.
+    """
+    scans = [read_scan_apart(source, reading) for source in sources]
+    frames = {scan.frame for scan in scans} - {""}
+    if len(frames) > 1:
+        raise ScanError(
+            "cohort.frames",
+            f"the {len(scans)} channels have {len(frames)} frames of reference, so equal coordinates are not equal"
+            " places; register them onto one another first",
+        )
+    codes = [code for scan in scans for code in scan.warnings]
+    volumes = [scan.volume for scan in scans]
     first = volumes[0].geometry
-    for number, volume in enumerate(volumes[1:], 1):
-        if not geo.same_grid(first, volume.geometry):
+    for number, volume in enumerate(volumes):
+        if geo.same_grid(first, volume.geometry):
+            continue
+        if reading.channel_grids == "refuse":
             raise ScanError(
                 "cohort.channel-grid",
                 f"channel {number} has shape {volume.geometry.shape} and spacing {volume.geometry.spacing_mm} mm,"
-                f" channel 0 {first.shape} and {first.spacing_mm} mm at its own place; resample them onto one grid",
+                f" channel 0 {first.shape} and {first.spacing_mm} mm at its own place; set reading.channel_grids ="
+                ' "resample", or resample them onto one grid',
             )
-    return Volume(np.concatenate([volume.voxels for volume in volumes]), first)
+        from vnet_core.straighten import onto  # brings torch in, which few cases need
+
+        volumes[number] = onto(volume, first)
+        codes.append("cohort.channels-resampled")
+    burnt_in = any(scan.burnt_in for scan in scans)
+    if burnt_in:
+        codes.append("dicom.burnt-in")
+    voxels = np.concatenate([volume.voxels for volume in volumes])
+    return Scan(Volume(voxels, first), tuple(dict.fromkeys(codes)), min(frames, default=""), burnt_in)
 
 
-def source_digest(sources: Sequence[str]) -> str:
-    """SHA-256 over the SHA-256 of every file of the sources, in order."""
-    return digest_of([[file_digest(path) for path in source_files(source)] for source in sources])
+def read_channels(sources: Sequence[str], reading: ReadingPlan | None = None) -> Volume:
+    """The voxels of :func:`scan_channels`."""
+    return scan_channels(sources, reading or ReadingPlan()).volume
 
 
-def source_stamp(sources: Sequence[str]) -> str:
-    """Digest of path, size and time of modification of every file of the sources."""
-    facts: list[Any] = []
+def unnamed(value: int) -> Label:
+    """The label of a value that nobody has named."""
+    return Label(value=value, name=f"label-{value}")
+
+
+def scan_label(source: str, image: Geometry, labels: Sequence[Label], reading: ReadingPlan) -> Scan:
+    """The true labels of a case whose image has the grid ``image``, read apart; ``ScanError``: what reading gives.
+
+    The structures of a DICOM segmentation become the ``labels`` of their name or code. Where the cohort names none, a
+    single structure is label 1; several are refused, ``label.unnamed``, since files number them as they like.
+    """
+    names = _names(labels)
+    scan = read_label_scan_apart(source, image, names, reading)
+    if not names and _by_name(source) and (largest := int(scan.volume.voxels.max())) > 1:
+        raise ScanError(
+            "label.unnamed",
+            f"the file holds {largest} structures and the cohort names none; name them with --label VALUE=NAME or in"
+            " the plan",
+        )
+    return scan
+
+
+def label_digest(source: str, labels: Sequence[Label]) -> str:
+    """SHA-256 of what decides a label map: its bytes, and the names of labels where the file has names."""
+    names = [label.model_dump(mode="json") for label in _names(labels)] if _by_name(source) else []
+    return digest_of([source_digest([source]), names]) if names else source_digest([source])
+
+
+def _names(labels: Sequence[Label]) -> Sequence[Label]:
+    return labels if any(label != unnamed(label.value) for label in labels) else ()
+
+
+def _by_name(source: str) -> bool:
+    """Whether labels are told by their names: DICOM segmentations and contours, which are single files."""
+    path = Path(source)
+    return path.is_file() and not is_scan(path)
+
+
+def source_digest(sources: Sequence[str], reading: ReadingPlan | None = None) -> str:
+    """SHA-256 of what decides the voxels of the sources, in order.
+
+    That is the SHA-256 of every file, of a DICOM series whatever its files are called, which part of them a source
+    names, and the settings of ``reading`` that are not the default.
+    """
+    parts = []
     for source in sources:
+        digests = [file_digest(path) for path in source_files(source)]
+        parts.append([*(sorted(digests) if "#" in source else digests), *_part(source)])
+    usual = _settings(ReadingPlan())
+    changed = {k: v for k, v in _settings(reading or ReadingPlan()).items() if v != usual[k]}
+    return digest_of([parts, changed] if changed else parts)
+
+
+def _part(source: str) -> list[str]:
+    """What a source takes of its files, where that is not all: ``FOLDER#UID/PART`` and ``FILE[CHANNEL]``."""
+    series = source.rpartition("#")[2] if "#" in source else ""
+    channel = re.search(r"\[\d+\]$", source)
+    return [series.partition("/")[2]] if "/" in series else [channel[0]] if channel else []
+
+
+def source_stamp(case: Case, labels: Sequence[Label], reading: ReadingPlan) -> str:
+    """Digest of path, size and time of modification of every file of a case, and of how they are read.
+
+    ``ScanError`` ``scan.unreadable`` when a file is not there.
+    """
+    facts: list[Any] = [_settings(reading)]
+    if case.label and _by_name(case.label):
+        facts += [label.model_dump(mode="json") for label in _names(labels)]
+    for source in (*case.channels, *([case.label] if case.label else [])):
         for path in source_files(source):
-            stat = path.stat()
-            facts.append([str(path), stat.st_size, stat.st_mtime_ns])
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise ScanError(
+                    "scan.unreadable", f"a file of the scan cannot be looked at: {error.strerror}"
+                ) from None
+            facts.append([str(path), status.st_size, status.st_mtime_ns])
     return digest_of(facts)

@@ -1,26 +1,38 @@
 """Which cases a source holds: a manifest, one scan, a folder of images and labels, or any tree of scans and DICOM.
 
 In a tree, ``<case>_segmentation`` or ``<case>_seg`` beside ``<case>`` is its label (PROMISE12, BraTS), and so is the
-file of the scan's name in a folder ``seg-lungs-LUNA16`` at the top.
+file of the scan's name in a folder ``seg-lungs-LUNA16`` at the top. A link is followed to a file inside the source
+alone; a scan that is a link out of it is a refused case, and other links are set aside. Nothing that is passed over
+goes uncounted, but for hidden files and folders. Messages name no file, because its name may be a patient's.
 """
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import itertools
 import json
+import os
 import re
+import stat
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import pyarrow.parquet
+from pydantic import ValidationError
 
 from vnet_core.errors import ConfigError, ScanError
 from vnet_core.plan import Label
-from workers.cohort import safe_id
-from workers.scans import case_stem, dicom_series, is_scan
+from vnet_core.sections import ReadingPlan
+from workers.archives import is_archive
+from workers.dicom.tree import Tree, scan_tree
+from workers.found import Discovery, Found, Rules, is_zarr
+from workers.identity import Pseudonyms
+from workers.manifests import SUFFIXES as MANIFEST_SUFFIXES
+from workers.manifests import read_manifest
+from workers.scans import case_stem, is_scan
+from workers.studies import dicom_cases
 
 IMAGE_LABEL_FOLDERS = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"), ("images", "labels"))
 """Folder pairs of the Medical Segmentation Decathlon and nnU-Net, and the plain one."""
@@ -34,156 +46,214 @@ LABEL_FOLDER = "seg-lungs-LUNA16"
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A case as its source names it, not yet read."""
+def discover(
+    sources: Iterable[str],
+    channels: Sequence[str] = (),
+    reading: ReadingPlan | None = None,
+    ids: Pseudonyms | None = None,
+    passed_by: Path | None = None,
+) -> Discovery:
+    """Look through all sources but the folder ``passed_by``. ConfigError ``source.missing`` when one is not there.
 
-    id: str
-    channels: tuple[str, ...]
-    label: str | None = None
-    patient: str | None = None
-    problem: ScanError | None = None
-    """Why it cannot be used, when that is already known."""
-
-
-@dataclass(slots=True)
-class Discovery:
-    """What the sources hold."""
-
-    cases: list[Found] = field(default_factory=list)
-    channels: tuple[str, ...] = ()
-    """Channel names where a ``dataset.json`` or manifest tells them."""
-    labels: tuple[Label, ...] = ()
-    """Label names where a ``dataset.json`` tells them."""
-    ignored: int = 0
-    """Files that are no scan."""
-
-
-def discover(sources: Iterable[str], channels: Sequence[str] = ()) -> Discovery:
-    """Look through all sources. ConfigError ``source.missing`` when one is not there.
-
-    ``channels``, two or more, are the endings of file names that make one case: ``<case>_t1`` and ``<case>_t2``.
+    ``channels``, two or more, are the endings of file names that make one case: ``<case>_t1`` and ``<case>_t2``. Of
+    ``reading`` the rules of selection count. Without ``ids``, cases have the names of their files and folders.
     """
     result = Discovery()
     endings = tuple(f"_{channel}" for channel in channels) if len(channels) > 1 else ()
+    rules = Rules(endings, reading.select if reading else (), ids, passed_by)
     for source in sources:
         path = Path(source)
         if not path.exists():
             raise ConfigError("source.missing", f"source {source} does not exist; correct the path or mount the share")
-        if path.suffix.lower() in (".csv", ".parquet"):
-            _manifest(path, result)
-        elif path.is_file():
-            result.cases.append(Found(safe_id(case_stem(path)), (str(path),)))
+        if path.is_dir() and not is_zarr(path):
+            _folder(path, rules, result)
+        elif path.is_file() and path.suffix.lower() in MANIFEST_SUFFIXES:
+            read_manifest(path, rules, result)
         else:
-            _folder(path, result, endings)
-    result.cases = _checked(result.cases)
+            result.cases.append(Found(rules.case_id(case_stem(path)), (str(path),)))
+    result.cases = checked(result.cases)
     return result
 
 
-def _checked(cases: list[Found]) -> list[Found]:
-    """Cases by id; a second case of one id and a case with fewer channels than the others carry their problem."""
+def checked(cases: Iterable[Found]) -> list[Found]:
+    """Cases by id; a second case of one id and a case with fewer channels than the others carry their problem.
+
+    An id that differs from an earlier one in upper and lower case alone gets some digits and the warning
+    ``cohort.similar-id``, because some file systems and stores do not tell the two apart.
+    """
+    cases = list(cases)
     expected = max((len(case.channels) for case in cases), default=0)
     seen: dict[str, int] = {}
-    taken = {case.id for case in cases}
+    spelt: dict[str, str] = {}
+    taken = {case.id.casefold() for case in cases}
     result = []
     for case in cases:
-        seen[case.id] = seen.get(case.id, 0) + 1
-        problem, case_id = case.problem, case.id
-        if seen[case.id] > 1:
-            case_id = next(i for n in itertools.count(2) if (i := f"{case.id}.{n}") not in taken)
-            taken.add(case_id)
-            problem = ScanError("cohort.duplicate-id", f"{seen[case.id]} cases are called {case.id}; rename one")
+        case_id, problem, warnings = case.id, case.problem, case.warnings
+        if spelt.setdefault(case_id.casefold(), case_id) != case_id:
+            case_id = f"{case_id[:90]}-{hashlib.sha256(case_id.encode()).hexdigest()[:8]}"
+            warnings = (*warnings, "cohort.similar-id")
+        seen[case_id] = seen.get(case_id, 0) + 1
+        if (count := seen[case_id]) > 1:
+            case_id = next(i for n in itertools.count(2) if (i := f"{case_id[:90]}.{n}").casefold() not in taken)
+            problem = problem or ScanError("cohort.duplicate-id", f"{count} cases have the id {case.id}; rename one")
         elif problem is None and len(case.channels) < expected:
             problem = ScanError(
                 "cohort.missing-channel",
-                f"case {case.id} has {len(case.channels)} of {expected} channels; add the missing file",
+                f"the case has {len(case.channels)} of {expected} channels; add the missing file",
             )
-        result.append(Found(case_id, case.channels, case.label, case.patient, problem))
+        taken.add(case_id.casefold())
+        result.append(replace(case, id=case_id, problem=problem, warnings=warnings))
     return sorted(result, key=lambda case: case.id)
 
 
-def _manifest(path: Path, result: Discovery) -> None:
-    """Columns ``case``; ``image`` or several ``image_<channel>``; optionally ``label`` and ``patient``."""
-    try:
-        if path.suffix.lower() == ".parquet":
-            table = pyarrow.parquet.read_table(path)
-            columns, rows = table.column_names, table.to_pylist()
-        else:
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file)
-                rows, columns = list(reader), list(reader.fieldnames or [])
-    except ValueError as error:
-        raise ConfigError("manifest.unreadable", f"manifest {path.name} cannot be read ({error})") from None
-    images = [c for c in columns if c == "image" or c.startswith("image_")]
-    if "case" not in columns or not images:
-        raise ConfigError(
-            "manifest.columns",
-            f"manifest {path.name} has the columns {columns}; it needs case and image (or image_<channel> for each)",
-        )
-    if images != ["image"]:
-        result.channels = tuple(c.removeprefix("image_") for c in images)
-    for row in rows:
-        sources = tuple(_beside(path, row[c]) for c in images if row[c])
-        label = _beside(path, row["label"]) if row.get("label") else None
-        problem = None
-        for source in (*sources, *([label] if label else [])):
-            if not (Path(source).exists() or ("#" in source and Path(source.rpartition("#")[0]).is_dir())):
-                problem = ScanError("scan.missing", f"{Path(source).name} of the manifest does not exist")
-        if not sources:
-            problem = ScanError("cohort.missing-image", f"row {row['case']} of the manifest names no image")
-        patient = None if row.get("patient") in (None, "") else str(row["patient"])
-        result.cases.append(Found(safe_id(str(row["case"])), sources, label, patient, problem))
-
-
-def _beside(manifest: Path, source: str) -> str:
-    return str((manifest.parent / source).resolve())
-
-
-def _folder(folder: Path, result: Discovery, endings: Sequence[str]) -> None:
+def _folder(folder: Path, rules: Rules, result: Discovery) -> None:
+    result.stacked = False
     if (folder / "dataset.json").is_file():
         _dataset_json(folder / "dataset.json", result)
     pairs = [(folder / i, folder / t) for i, t in IMAGE_LABEL_FOLDERS if (folder / i).is_dir()]
     if not pairs:
-        _tree(folder, result, endings)
+        _tree(folder, rules, result)
     for images, labels in pairs:
-        _images_and_labels(images, labels, result, endings)
+        _images_and_labels(images, labels, folder, rules, result)
+
+
+# --- dataset.json
 
 
 def _dataset_json(path: Path, result: Discovery) -> None:
     """Channel and label names of the Decathlon's (value to name) and nnU-Net's (name to value) ``dataset.json``."""
+
+    def unusable(why: object) -> ConfigError:
+        return ConfigError("source.dataset-json", f"{path} cannot be used ({why}); mend or remove it")
+
     try:
         mapping = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError("source.dataset-json", f"{path} is not JSON ({error}); mend or remove it") from None
-    channels = mapping.get("channel_names") or mapping.get("modality") or {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise unusable(error) from None
+    channels, labels = ((mapping.get(k) or {}) if isinstance(mapping, dict) else None for k in ("modality", "labels"))
+    if isinstance(mapping, dict) and mapping.get("channel_names"):
+        channels = mapping["channel_names"]
+    if isinstance(channels, list):
+        channels = {str(number): name for number, name in enumerate(channels)}
+    if not isinstance(channels, dict) or not isinstance(labels, dict) or not all(str(k).isdigit() for k in channels):
+        raise unusable("its modality, channel_names or labels are no tables from number to name")
     result.channels = tuple(str(channels[k]) for k in sorted(channels, key=int))
-    labels = []
-    for key, value in (mapping.get("labels") or {}).items():
+    result.stacked = "channel_names" not in mapping and len(result.channels) > 1
+    result.labels = tuple(sorted(_labels(labels, path), key=lambda label: label.value))
+
+
+def _labels(labels: Mapping[str, Any], path: Path) -> Iterator[Label]:
+    for key, value in labels.items():
         number, name = (int(key), str(value)) if str(key).isdigit() else (value, str(key))
         if not isinstance(number, int):
             raise ConfigError(
                 "source.regions", f"label {name} of {path} has the value {number}; give each label one whole number"
             )
         if number > 0:
-            labels.append(Label(value=number, name=name))
-    result.labels = tuple(sorted(labels, key=lambda label: label.value))
+            try:
+                yield Label(value=number, name=name)
+            except ValidationError:
+                raise ConfigError(
+                    "source.dataset-json", f"label {name!r} of {path} has the value {number}; use 1 to 65535 and a name"
+                ) from None
 
 
-def _images_and_labels(images: Path, labels: Path, result: Discovery, endings: Sequence[str]) -> None:
-    truth = {case_stem(path): path for path in _scans_in(labels, result)} if labels.is_dir() else {}
-    for name, channels in _by_case(_scans_in(images, result), endings).items():
-        label = truth.pop(name, None)
-        result.cases.append(Found(safe_id(name), channels, str(label) if label else None))
+# --- folders
+
+
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """What lies in one folder, hidden entries left out."""
+
+    path: Path
+    scans: list[Path]
+    """Files and Zarr folders with the name of a scan."""
+    folders: list[Path]
+    others: list[Path]
+    outside: frozenset[str]
+    """Those scans that are links to somewhere outside the source."""
+    problem: ScanError | None = None
+
+
+def _list(path: Path, top: Path, rules: Rules, result: Discovery) -> _Folder:
+    """List one folder of a source that begins at ``top``."""
+    try:
+        entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+    except OSError as error:
+        problem = ScanError("scan.unreadable", f"a folder cannot be listed: {error.strerror}; mend its permissions")
+        return _Folder(path, [], [], [], frozenset(), problem)
+    scans, folders, others, outside = [], [], [], set()
+    inside = top.resolve()
+    for entry in entries:
+        linked = entry.is_symlink()
+        led_out = linked and not entry.resolve().is_relative_to(inside)
+        if is_zarr(entry) or (is_scan(entry) and not _holds_something(entry)):
+            scans.append(entry)
+            if led_out:
+                outside.add(str(entry))
+        elif linked:
+            result.set_aside["link-outside" if led_out else "link"] += 1
+        elif entry.is_dir():
+            if rules.passed_by is None or entry.resolve() != rules.passed_by:
+                folders.append(entry)
+        else:
+            others.append(entry)
+    return _Folder(path, scans, folders, others, frozenset(outside))
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether it is a folder with something in it, such as the ``scan.nii/scan.nii`` that some programs unpack to."""
+    try:
+        return path.is_dir() and not path.is_symlink() and any(path.iterdir())
+    except OSError:
+        return False
+
+
+def _walk(top: Path, rules: Rules, result: Discovery) -> Iterator[_Folder]:
+    """Every folder from ``top`` down, parents first, siblings by name."""
+    waiting = [top]
+    while waiting:
+        listed = _list(waiting.pop(), top, rules, result)
+        waiting += reversed(listed.folders)
+        yield listed
+
+
+def _found(case_id: str, channels: Sequence[str], label: str | None, outside: frozenset[str]) -> Found:
+    """A case of files, refused where one is a link that leads out of the source."""
+    problem = None
+    if led := sum(source in outside for source in (*channels, label)):
+        problem = ScanError(
+            "scan.path-escape",
+            f"{led} of the case's files are links that lead out of the source; copy the files, or name them in a"
+            " manifest",
+        )
+    return Found(case_id, tuple(channels), label, problem=problem)
+
+
+def _images_and_labels(images: Path, labels: Path, top: Path, rules: Rules, result: Discovery) -> None:
+    """Two folders with equal names in both; a folder in ``images`` may hold a DICOM series."""
+    listed = _list(images, top, rules, result)
+    drawn = _list(labels, top, rules, result) if labels.is_dir() else _Folder(labels, [], [], [], frozenset())
+    outside = listed.outside | drawn.outside
+    truth = {case_stem(path): str(path) for path in drawn.scans}
+    _count_others([*listed.others, *drawn.others, *drawn.folders], result)
+    for folder in (listed, drawn):
+        if folder.problem:
+            result.cases.append(Found(rules.case_id(folder.path.name), (), problem=folder.problem))
+    for name, channels in _by_case(listed.scans, rules.endings).items():
+        if result.stacked and len(channels) == 1 and case_stem(Path(channels[0])) == name:
+            channels = tuple(f"{channels[0]}[{number}]" for number in range(len(result.channels)))
+        result.cases.append(_found(rules.case_id(name), channels, truth.pop(name, None), outside))
+    for folder_path in listed.folders:
+        cases = dicom_cases(scan_tree(folder_path), folder_path, rules, result)
+        if not cases:
+            result.set_aside["not-a-scan"] += 1
+        if len(cases) == 1 and folder_path.name in truth:
+            cases = [replace(cases[0], label=truth.pop(folder_path.name), refers=False)]
+        result.cases += cases
     for name, path in truth.items():
-        problem = ScanError("cohort.missing-image", f"label {path.name} has no image in {images.name}")
-        result.cases.append(Found(safe_id(name), (), str(path), None, problem))
-
-
-def _scans_in(folder: Path, result: Discovery) -> list[Path]:
-    files = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
-    scans = [p for p in files if is_scan(p)]
-    result.ignored += len(files) - len(scans)
-    return scans
+        problem = ScanError("cohort.missing-image", f"a label has no image of its name in {images.name}; add the image")
+        result.cases.append(Found(rules.case_id(name), (), path, problem=problem))
 
 
 def _by_case(paths: Iterable[Path], endings: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -206,53 +276,69 @@ def _by_case(paths: Iterable[Path], endings: Sequence[str]) -> dict[str, tuple[s
     return {name: tuple(path for _, path in sorted(files)) for name, files in groups.items()}
 
 
-def _tree(folder: Path, result: Discovery, endings: Sequence[str]) -> None:
-    """Any folder: every scan file but labels is a case, every DICOM series is a case."""
-    below = (p for p in folder.rglob("*") if p.is_dir() and not p.relative_to(folder).as_posix().startswith("."))
-    shown = [folder, *sorted(p for p in below if "/." not in p.relative_to(folder).as_posix())]
-    apart = {}
+def _tree(folder: Path, rules: Rules, result: Discovery) -> None:
+    """Any folder: every scan file but labels is a case, every DICOM volume or study is one."""
+    apart, outside = {}, frozenset[str]()
     if (folder / LABEL_FOLDER).is_dir():
-        shown.remove(folder / LABEL_FOLDER)
-        apart = {case_stem(path): path for path in _scans_in(folder / LABEL_FOLDER, result)}
-    for directory in shown:
-        files = [p for p in sorted(directory.iterdir()) if p.is_file() and not p.name.startswith(".")]
-        scans = [p for p in files if is_scan(p)]
-        prefix = "-".join(directory.relative_to(folder).parts)
-        groups = _by_case(scans, endings)
+        drawn = _list(folder / LABEL_FOLDER, folder, rules, result)
+        _count_others([*drawn.others, *drawn.folders], result)
+        apart, outside = {case_stem(path): str(path) for path in drawn.scans}, drawn.outside
+    others: list[Path] = []
+    for listed in _walk(folder, rules, result):
+        if listed.path == folder / LABEL_FOLDER:
+            continue
+        prefix = "-".join(listed.path.relative_to(folder).parts)
+        if listed.problem:
+            result.cases.append(Found(rules.case_id(prefix or folder.name), (), problem=listed.problem))
+        groups = _by_case(listed.scans, rules.endings)
         beside = {name: next((e for e in LABEL_ENDINGS if name + e in groups), None) for name in groups}
         labels = {name + ending for name, ending in beside.items() if ending}
         for name, channels in groups.items():
             if name in labels:
                 continue
-            label = None
-            if ending := beside[name]:
-                label = groups[name + ending][0]
-            elif name in apart:
-                label = str(apart.pop(name))
-            result.cases.append(Found(safe_id(f"{prefix}-{name}" if prefix else name), channels, label))
-        others = [p for p in files if not is_scan(p)]
-        slices = [p for p in others if _looks_like_dicom(p)]
-        result.cases += _series(directory, prefix or directory.name) if slices else []
-        result.ignored += len(others) - len(slices)
+            ending = beside[name]
+            label = groups[name + ending][0] if ending else apart.pop(name, None)
+            case_id = rules.case_id(f"{prefix}-{name}" if prefix else name)
+            result.cases.append(_found(case_id, channels, label, listed.outside | outside))
+        others += listed.others
+    if others:
+        tree = scan_tree(folder)
+        if rules.passed_by and rules.passed_by.is_relative_to(folder.resolve()):
+            tree = _without(tree, rules.passed_by)
+        result.cases += dicom_cases(tree, folder, rules, result)
+        used = {path for series in tree.volumes for path in series.files}
+        used |= {annotation.path for annotation in tree.annotations}
+        _count_others([path for path in others if path not in used and not _looks_like_dicom(path)], result)
     # the scans of these were not fetched
-    result.ignored += len(apart)
+    if apart:
+        result.set_aside["label-without-scan"] += len(apart)
 
 
-def _series(directory: Path, name: str) -> list[Found]:
-    """Every DICOM series of one folder; a folder whose slices cannot be told apart is one refused case."""
-    try:
-        series = dicom_series(directory)
-    except ScanError as error:
-        return [Found(safe_id(name), (), problem=error)]
-    if not series:
-        problem = ScanError("dicom.no-image", "this DICOM folder holds 0 readable image series; copy it again")
-        return [Found(safe_id(name), (), problem=problem)]
-    ids = [name] if len(series) == 1 else [f"{name}-{number}" for number in range(len(series))]
-    return [Found(safe_id(i), (f"{directory}#{uid}",)) for i, uid in zip(ids, sorted(series), strict=True)]
+def _without(tree: Tree, folder: Path) -> Tree:
+    """The tree without what lies in a folder."""
+    return replace(
+        tree,
+        volumes=tuple(
+            s for s in tree.volumes if not any(path.resolve().is_relative_to(folder) for path in s.files[:1])
+        ),
+        annotations=tuple(a for a in tree.annotations if not a.path.resolve().is_relative_to(folder)),
+    )
+
+
+def _count_others(paths: Iterable[Path], result: Discovery) -> None:
+    for path in paths:
+        if not path.is_dir() and not path.is_file():
+            result.set_aside["not-regular"] += 1
+        else:
+            result.set_aside["archive" if is_archive(path) else "not-a-scan"] += 1
 
 
 def _looks_like_dicom(path: Path) -> bool:
-    if path.suffix.lower() == ".dcm":
-        return True
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    """Whether it is a file that begins like DICOM: what a tree has counted by its own reason."""
+    try:
+        # a pipe would wait for a writer
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    with os.fdopen(handle, "rb") as file:
+        return stat.S_ISREG(os.fstat(handle).st_mode) and file.read(132)[128:] == b"DICM"

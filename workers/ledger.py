@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import sys
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 from vnet_core.errors import ScanError, VnetError
+from workers.identity import hush_readers
 
 log = logging.getLogger("vnet")
+
+TRACEBACKS_VARIABLE = "VNET_TRACEBACKS"
+"""Set to anything, unexpected errors are logged whole; their texts may quote paths and headers, which name patients."""
+FRAMES = 6
+"""Places of an unexpected error that are told, innermost first."""
 
 State = Literal["accepted", "warned", "refused", "computed", "cached", "failed", "carried-over"]
 UNDONE: tuple[State, ...] = ("refused", "failed", "carried-over")
@@ -55,20 +64,49 @@ def settle(stage: str, case: str, compute: Callable[[], tuple[State, str | None,
     """Run one case's work and turn whatever happens into its outcome.
 
     ``compute`` returns state, key and warning codes. A ScanError refuses the case, any other error fails it; only
-    what asks the whole process to end (KeyboardInterrupt, SystemExit) passes.
+    what asks the whole process to end (KeyboardInterrupt, SystemExit) passes. Of an unexpected error only its kind
+    and place are told, see :func:`nameless`.
     """
+    hush_readers()
     start = time.perf_counter()
     codes: tuple[str, ...]
     try:
-        state, key, codes = compute()
+        with nameless(f"{stage} of case {case}"):
+            state, key, codes = compute()
         message = ""
     except VnetError as error:
         state, key, codes, message = error_state(error), None, (error.code,), error.message
-    except Exception as error:
-        log.exception("%s of case %s failed", stage, case)
-        state, key, codes, message = "failed", None, (f"internal.{type(error).__name__}",), f"{error}"
     seconds = time.perf_counter() - start
     return Outcome(case, stage, state, codes, message, key, round(seconds, 4), process_peak_bytes())
+
+
+@contextmanager
+def nameless(what: str) -> Iterator[None]:
+    """Turn an unexpected error into VnetError ``internal.<kind>`` and log it, both without its own text.
+
+    The text of such an error quotes paths and headers, and so may name a patient. Its kind and the modules and lines
+    that it came through are told; with VNET_TRACEBACKS set, all of it is logged. Our own errors pass as they are.
+    """
+    try:
+        yield
+    except VnetError:
+        raise
+    except Exception as error:
+        whole = error if os.environ.get(TRACEBACKS_VARIABLE) else None
+        log.error("%s failed: %s", what, _told(error), exc_info=whole)
+        raise VnetError(
+            f"internal.{type(error).__name__}",
+            f"{_told(error)}; set {TRACEBACKS_VARIABLE}=1 to have all of it logged, paths included",
+        ) from None
+
+
+def _told(error: Exception) -> str:
+    """Kind and place of an error: ``PermissionError (Permission denied) at workers.scans:61 < workers.cohort:170``."""
+    # the system's own words for the number; the error's text goes on with the file's name
+    number = error.errno if isinstance(error, OSError) else None
+    why = f" ({os.strerror(number)})" if number is not None else ""
+    places = [f"{frame.f_globals.get('__name__')}:{line}" for frame, line in traceback.walk_tb(error.__traceback__)]
+    return f"{type(error).__name__}{why} at {' < '.join(places[: -FRAMES - 1 : -1])}"
 
 
 def error_state(error: VnetError) -> State:

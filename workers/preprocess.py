@@ -10,9 +10,8 @@ from vnet_core.errors import ScanError
 from vnet_core.plan import Plan
 from vnet_core.preprocess import prepare
 from workers.arrays import write_arrays
-from workers.cohort import Case, read_channels, source_digest, volume_key
+from workers.cohort import Case, read_channels, scan_label, source_digest, volume_key
 from workers.ledger import Outcome, State, settle
-from workers.scans import read_label
 from workers.store import Root
 
 STAGE = "preprocess"
@@ -45,7 +44,11 @@ def preprocess(
             outcome = job.result()
         else:  # the worker that held the case died
             outcome = Outcome(
-                case.id, STAGE, "failed", ("engine.worker-died",), f"the worker died ({error}); run the command again"
+                case.id,
+                STAGE,
+                "failed",
+                ("engine.worker-died",),
+                f"the worker died ({type(error).__name__}); run the command again",
             )
         outcomes.append(outcome)
         on_outcome(outcome)
@@ -58,9 +61,9 @@ def preprocess_case(root_url: str, case: Case, plan: Plan) -> Outcome:
 
     def compute() -> tuple[State, str, tuple[str, ...]]:
         key = volume_key(case, plan)
-        image = read_channels(case.channels)
-        label = read_label(case.label) if case.label else None
-        if source_digest(case.channels) != case.digest:
+        image = read_channels(case.channels, plan.reading)
+        label = scan_label(case.label, image.geometry, plan.labels, plan.reading).volume if case.label else None
+        if source_digest(case.channels, plan.reading) != case.digest:
             raise ScanError("scan.changed", "the file's bytes are not those that were ingested; run vnet ingest again")
         prepared = prepare(image, label, plan.preprocess)
         arrays = {"image": prepared.image}

@@ -17,7 +17,7 @@ class Query:
 
     cohort: str | None = None
     label: str | None = None
-    """Name of a label."""
+    """Name of a label or region."""
     case: str | None = None
     state: str | None = None
     volume_min_ml: float | None = None

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from workers.harmless import sheet_cell
 from workers.ledger import Outcome
 from workers.masks import load_report
 from workers.store import Root
@@ -50,7 +51,11 @@ SCHEMA = pa.schema(
         ("seconds", pa.float64()),
     ]
 )
-"""Columns of the cohort table, in order. A case without a result has one row whose label is empty."""
+"""Columns of the cohort table, in order.
+
+A row is a label of a case or, after those, a region of the plan, whose ``label`` is empty. A case without a result has
+one row without a name.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +101,7 @@ def _rows(
     night: Night,
     outcome: Outcome,
     patient: str | None,
-    before: Mapping[tuple[str, int], float],
+    before: Mapping[tuple[str, int | str], float],
 ) -> Iterable[dict[str, Any]]:
     common: dict[str, Any] = dict.fromkeys(SCHEMA.names) | {
         "night": night.id,
@@ -112,29 +117,36 @@ def _rows(
     if not outcome.done or outcome.key is None:
         yield common
         return
-    for label in load_report(root, outcome.key)["labels"]:
-        previous = before.get((outcome.case, label["label"]))
-        change = None if previous is None else label["volume_ml"] - previous
+    report = load_report(root, outcome.key)
+    for part in [*report["labels"], *report.get("regions", ())]:
+        previous = before.get((outcome.case, _part(part)))
+        change = None if previous is None else part["volume_ml"] - previous
         yield (
             common
-            | {k: v for k, v in label.items() if k in SCHEMA.names}
+            | {k: v for k, v in part.items() if k in SCHEMA.names}
             | {
                 "result": outcome.key,
-                "flags": " ".join(label["flags"]),
+                "flags": " ".join(part["flags"]),
                 "change_ml": change,
                 "change_percent": None if change is None or not previous else 100 * change / previous,
             }
         )
 
 
-def _last_volumes(root: Root, night: Night) -> dict[tuple[str, int], float]:
-    """Volumes by (case, label) of the cohort's night before this one."""
+def _part(row: Mapping[str, Any]) -> int | str:
+    """What a row is about, from night to night: a label's value, or a region's name."""
+    part: int | str = row["name"] if row["label"] is None else row["label"]
+    return part
+
+
+def _last_volumes(root: Root, night: Night) -> dict[tuple[str, int | str], float]:
+    """Volumes by case and label or region of the cohort's night before this one."""
     earlier = [n for n in night_ids(root, night.cohort) if n < night.id]
-    volumes: dict[tuple[str, int], float] = {}
+    volumes: dict[tuple[str, int | str], float] = {}
     if earlier:
         for row in read_rows(root, night.cohort, earlier[-1]):
             if row["volume_ml"] is not None:
-                volumes[row["case"], row["label"]] = row["volume_ml"]
+                volumes[row["case"], _part(row)] = row["volume_ml"]
     return volumes
 
 
@@ -150,14 +162,10 @@ def read_rows(root: Root, cohort: str, night: str) -> list[dict[str, Any]]:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows as CSV, UTF-8. Text that a spreadsheet would take for a formula is quoted with an apostrophe."""
+    """Rows as CSV, UTF-8; every text is one harmless line, see :func:`workers.harmless.sheet_cell`."""
     sink = io.StringIO()
     names = list(rows[0]) if rows else SCHEMA.names
     writer = csv.DictWriter(sink, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: _harmless(row[name]) for name in names} for row in rows)
+    writer.writerows({name: sheet_cell(row[name]) for name in names} for row in rows)
     return sink.getvalue().encode()
-
-
-def _harmless(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vnet_core.errors import ConfigError
 from vnet_core.plan import config_error
 from workers.clusters import Engines, processors
+from workers.identity import Identity
 
 
 class Nightly(BaseModel):
@@ -52,6 +53,8 @@ class Site(BaseModel):
     """What `vnet serve` runs on a schedule; never two runs of one cohort at once."""
     ui_port: int = Field(default=4200, ge=1, le=65535)
     """Port of the Prefect server that `vnet serve` starts on 127.0.0.1."""
+    identity: Identity = Identity()
+    """What stands for patients, and where it is written who they are."""
 
     @property
     def engines(self) -> Engines:

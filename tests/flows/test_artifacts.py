@@ -107,6 +107,13 @@ def test_a_night_is_told_from_the_counts_to_the_pictures() -> None:
     )
 
 
+def test_a_case_without_a_picture_says_why() -> None:
+    rows = [row("a", flags="empty"), row("b")]
+    text = night_markdown(night(computed=2), rows, lambda key: PNG if "/a/" in key else None)
+    assert text.count("![") == 1
+    assert text.endswith(f"*{artifacts.NO_PICTURE}*\n")
+
+
 def test_the_worst_cases_come_first() -> None:
     rows = [
         row("calm", change_ml=0.0, change_percent=0.0),

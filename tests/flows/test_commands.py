@@ -236,7 +236,7 @@ def test_the_tables_have_every_case_and_no_formula(root: Path, second_night: Ans
     assert {line["patient"] for line in lines if line["case"] == hostile} == {"'=1+1"}
     (absent,) = (line for line in lines if line["case"] == "absent")
     assert absent["codes"] == "scan.missing"
-    assert absent["message"].startswith("'=calc.nii.gz")
+    assert "calc" not in absent["message"], "a file may be named after its patient"
     for line in lines:
         for cell in line.values():
             assert not cell.startswith(("=", "@", "\t", "\r"))
@@ -378,6 +378,8 @@ def test_usage_errors_leave_nothing(refusals: dict[str, Answer], root: Path) -> 
 def two_channels(folder: Path, name: str) -> None:
     """One good case of a folder in nnU-Net's layout."""
     image, label = phantom(SMALL)
+    # the same bytes under two names would be one case too many
+    image = Volume(image.voxels + np.int16(sum(name.encode()) % 100), image.geometry)
     write_volume(folder / "imagesTr" / f"{name}_0000.nii.gz", image)
     write_volume(folder / "imagesTr" / f"{name}_0001.nii.gz", image)
     write_volume(folder / "labelsTr" / f"{name}.nii.gz", label)

@@ -10,8 +10,8 @@ import SimpleITK as sitk
 
 from vnet_core.errors import ScanError
 from vnet_core.geometry import Geometry, matrix_of, world_mm
-from vnet_core.plan import Label
-from vnet_core.report import MANY_COMPONENTS, LabelReport, flags, measure, to_row
+from vnet_core.plan import Label, Region
+from vnet_core.report import MANY_COMPONENTS, LabelReport, flags, measure, measure_regions, to_row
 
 ORGAN, LESION = Label(value=1, name="organ"), Label(value=2, name="lesion")
 BACK, HEAD = (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
@@ -170,6 +170,58 @@ def test_a_label_inside_the_box_of_another_is_measured_on_its_own():
 def test_a_map_that_does_not_fit_its_grid_is_refused():
     with pytest.raises(ScanError, match=r"\(3, 3, 4\).*\(3, 3, 3\)"):
         measure(np.zeros((3, 3, 4), np.uint8), upright((3, 3, 3)), [ORGAN])
+    with pytest.raises(ScanError, match=r"\(3, 3, 4\).*\(3, 3, 3\)"):
+        measure_regions(np.zeros((3, 3, 4), np.uint8), upright((3, 3, 3)), [ORGAN], [region("all", 1, 2)])
+
+
+def region(name: str, *values: int) -> Region:
+    return Region(name=name, values=values, paints=values[0])
+
+
+def test_a_region_is_all_its_labels_together():
+    # voxels of 0.125 mL: 8 of the organ are 1.0 mL, 4 of the lesion beside it 0.5 mL
+    labels = np.zeros((6, 6, 6), np.uint8)
+    labels[1:3, 1:3, 1:3] = 1
+    labels[3, 1:3, 1:3] = 2
+    labels[5, 5, 5] = 3
+    geometry = upright((6, 6, 6), (5.0, 5.0, 5.0), (10.0, 20.0, 30.0))
+
+    organ, lesion = measure(labels, geometry, [ORGAN, LESION])
+    whole, core, other = measure_regions(
+        labels, geometry, [ORGAN, LESION], [region("whole", 2, 1), region("core", 1), region("other", 3, 2)]
+    )
+
+    assert (organ.volume_ml, lesion.volume_ml) == pytest.approx((1.0, 0.5))
+    assert (whole.label, whole.name, whole.voxels) == (None, "whole", 12)
+    assert whole.volume_ml == pytest.approx(1.5)
+    assert (whole.slice_first, whole.slice_last, whole.components, whole.touches_border) == (1, 3, 1, False)
+    assert whole.bbox_min_mm == pytest.approx((12.5, 22.5, 32.5))
+    assert whole.bbox_max_mm == pytest.approx((22.5, 32.5, 47.5))
+    # planes 1, 2 and 3 of 4 voxels each: the middle is plane 2
+    assert whole.centroid_mm == pytest.approx((17.5, 27.5, 40.0))
+    assert replace(core, label=1, name="organ") == organ
+    assert (other.voxels, other.components, other.touches_border) == (5, 2, True)
+    assert list(to_row(whole)) == list(to_row(organ))
+
+
+def test_a_region_with_some_or_all_of_its_labels_missing():
+    labels = np.zeros((3, 3, 3), np.uint16)
+    labels[1, 1, 1] = 2
+    half, none = measure_regions(
+        labels, upright((3, 3, 3)), [ORGAN, LESION], [region("half", 1, 2), region("none", 1, 300)]
+    )
+    assert (half.voxels, half.slice_first) == (1, 1)
+    assert (none.voxels, none.volume_ml, none.centroid_mm, flags(none)) == (0, 0.0, None, ("empty",))
+
+
+def test_a_region_that_is_a_label_under_its_name_is_not_told_twice():
+    found = measure_regions(
+        np.ones((3, 3, 3), np.uint8),
+        upright((3, 3, 3)),
+        [ORGAN, LESION],
+        [region("organ", 1), region("lesion", 1, 2), region("inner", 2)],
+    )
+    assert [report.name for report in found] == ["lesion", "inner"]
 
 
 def test_rows_are_flat_json_with_the_same_columns_for_every_label():

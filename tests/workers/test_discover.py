@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import SimpleITK as sitk
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
 
 from vnet_core.errors import ConfigError, ScanError
-from workers.discover import Discovery, Found, discover
+from vnet_core.sections import ReadingPlan, Selection
+from workers.discover import discover
+from workers.found import Discovery, Found
+from workers.identity import Pseudonyms
 from workers.scans import read_volume
 
 
@@ -38,8 +44,16 @@ def problems(discovery: Discovery) -> dict[str, str]:
     return {case.id: case.problem.code for case in discovery.cases if case.problem}
 
 
-def write_series(folder: Path, slices: int = 3, series: str = "1.2.826.0.1.1") -> None:
-    """A CT series of single-frame DICOM files."""
+def write_series(
+    folder: Path,
+    slices: int = 3,
+    series: str = "1.2.826.0.1.1",
+    modality: str = "CT",
+    study: str = "1.2.826.0.1.9",
+    frame: str = "1.2.826.0.5.1",
+    burnt_in: str = "NO",
+) -> None:
+    """A series of single-frame DICOM files."""
     folder.mkdir(parents=True, exist_ok=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
@@ -48,9 +62,11 @@ def write_series(folder: Path, slices: int = 3, series: str = "1.2.826.0.1.1") -
         tags = {
             "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
             "0008|0018": f"{series}.{z + 1}",
-            "0008|0060": "CT",
-            "0020|000d": "1.2.826.0.1.9",
+            "0008|0060": modality,
+            "0020|000d": study,
             "0020|000e": series,
+            "0020|0052": frame,
+            "0028|0301": burnt_in,
             "0020|0013": str(z + 1),
             "0020|0032": f"0\\0\\{2.5 * z}",
             "0020|0037": "1\\0\\0\\0\\1\\0",
@@ -266,7 +282,7 @@ def test_the_second_case_of_one_id_is_refused_and_not_lost(tmp_path):
     discovery = found(tmp_path / "one", tmp_path / "two")
     assert [case.id for case in discovery.cases] == ["a", "a.2", "b"]
     assert problems(discovery) == {"a.2": "cohort.duplicate-id"}
-    assert "called a" in str(discovery.cases[1].problem)
+    assert "2 cases have the id a" in str(discovery.cases[1].problem)
 
 
 def test_ids_are_distinct_whatever_the_cases_are_called(tmp_path):
@@ -318,8 +334,8 @@ def test_a_manifest_of_either_kind(tmp_path, write, name):
         {"case": "b", "image": str(tmp_path / "sub/b.mha"), "label": "sub/b-label.nii.gz", "patient": ""},
     )
     assert found(path).cases == [
-        Found("a", (str(tmp_path / "a.nii.gz"),), None, "p1"),
-        Found("b", (str(tmp_path / "sub/b.mha"),), str(tmp_path / "sub/b-label.nii.gz"), None),
+        Found("a", (str(tmp_path / "a.nii.gz"),), patient="p1"),
+        Found("b", (str(tmp_path / "sub/b.mha"),), str(tmp_path / "sub/b-label.nii.gz")),
     ]
 
 
@@ -381,7 +397,9 @@ def test_rows_that_cannot_be_used_stay_as_cases_with_their_problem(tmp_path):
         "b": "cohort.missing-image",
         "c": "scan.missing",
     }
-    assert "gone-label.nii.gz" in str(discovery.cases[3].problem)
+    assert "row 3" in str(discovery.cases[3].problem)
+    assert "label" in str(discovery.cases[3].problem)
+    assert not any("gone" in str(case.problem) for case in discovery.cases), "a file's name may be a patient's"
 
 
 def test_patients_of_a_table_with_numbers_are_text(tmp_path):
@@ -441,7 +459,7 @@ def test_nothing_under_a_hidden_folder_is_a_case(tmp_path):
 
 
 def test_a_tree_of_dicom_is_one_case_per_series(tmp_path):
-    write_series(tmp_path / "p1" / "ct")
+    write_series(tmp_path / "p1" / "ct", series="1.2.826.0.1.3")
     write_series(tmp_path / "p2", series="1.2.826.0.1.1")
     write_series(tmp_path / "p2", series="1.2.826.0.1.2")
     touch(tmp_path, "p1/ct/readme.txt", "p1/extra.nii.gz")
@@ -464,7 +482,7 @@ def test_a_folder_of_one_series_is_a_case_of_its_name(tmp_path):
 def test_a_folder_with_a_damaged_slice_does_not_take_the_others_along(tmp_path):
     """183 samples per pixel in one header, at which the DICOM library gives up on the folder."""
     write_series(tmp_path / "good")
-    write_series(tmp_path / "odd")
+    write_series(tmp_path / "odd", series="1.2.826.0.1.2")
     path = sorted((tmp_path / "odd").iterdir())[0]
     samples_per_pixel = b"\x28\x00\x02\x00\x02\x00\x00\x00"
     assert samples_per_pixel + b"\x01" in path.read_bytes()
@@ -486,6 +504,252 @@ def test_a_series_whose_slices_are_all_cut_off_is_still_a_case(tmp_path, keep):
     for path in (tmp_path / "odd").iterdir():
         path.write_bytes(path.read_bytes()[:keep])
     assert [case.id for case in found(tmp_path).cases] == ["good", "odd"]
+
+
+def test_links_are_followed_inside_the_source_alone(tmp_path):
+    touch(tmp_path, "source/a.nii.gz", "elsewhere/secret.nii.gz", "elsewhere/notes.txt", "source/notes.txt")
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    (source / "inside.nii.gz").symlink_to(source / "a.nii.gz")
+    (source / "out.nii.gz").symlink_to(elsewhere / "secret.nii.gz")
+    (source / "b.nii.gz").symlink_to(tmp_path / "nowhere.nii.gz")
+    (source / "folder").symlink_to(elsewhere)
+    (source / "loop").symlink_to(source)
+    (source / "notes-2.txt").symlink_to(source / "notes.txt")
+    discovery = found(source)
+    assert [case.id for case in discovery.cases] == ["a", "b", "inside", "out"]
+    assert problems(discovery) == {"b": "scan.path-escape", "out": "scan.path-escape"}
+    assert discovery.set_aside == {"not-a-scan": 1, "link": 2, "link-outside": 1}
+
+
+@pytest.mark.parametrize("folders", [("images", "labels"), ("", "")])
+def test_a_label_that_is_a_link_out_of_the_source_refuses_its_case(tmp_path, folders):
+    images, labels = folders
+    touch(tmp_path, f"source/{images}/a.nii.gz", "secret.nii.gz")
+    (tmp_path / "source" / labels).mkdir(exist_ok=True)
+    name = "a.nii.gz" if labels else "a_seg.nii.gz"
+    (tmp_path / "source" / labels / name).symlink_to(tmp_path / "secret.nii.gz")
+    assert problems(found(tmp_path / "source")) == {"a": "scan.path-escape"}
+
+
+def test_pipes_and_empty_folders_with_the_name_of_a_scan_are_cases_and_others_are_counted(tmp_path):
+    os.mkfifo(tmp_path / "pipe.nii.gz")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder.nii.gz").mkdir()
+    touch(tmp_path, "unpacked.nii/scan.nii")
+    discovery = found(tmp_path)
+    assert [case.id for case in discovery.cases] == ["folder", "pipe", "unpacked.nii-scan"]
+    assert discovery.set_aside == {"not-regular": 1}
+    for case in discovery.cases:
+        with pytest.raises(ScanError):
+            read_volume(case.channels[0])
+
+
+def test_a_folder_that_cannot_be_listed_is_a_refused_case(tmp_path, monkeypatch):
+    touch(tmp_path, "a.nii.gz", "closed/b.nii.gz")
+    listed = Path.iterdir
+
+    def iterdir(path):
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)  # to the superuser every folder is open
+    assert problems(found(tmp_path)) == {"closed": "scan.unreadable"}
+
+
+def test_a_zarr_folder_is_one_scan(tmp_path):
+    touch(tmp_path, "a.ome.zarr/zarr.json", "a.ome.zarr/0/c/0", "sub/b.zarr/zarr.json", "c.nii.gz")
+    assert cases(tmp_path) == {
+        "a": (["a.ome.zarr"], None),
+        "c": (["c.nii.gz"], None),
+        "sub-b": (["b.zarr"], None),
+    }
+    assert cases(tmp_path / "a.ome.zarr") == {"a": (["a.ome.zarr"], None)}
+    touch(tmp_path, "d/images/a.ome.zarr/zarr.json", "d/labels/a.nii.gz")
+    assert cases(tmp_path / "d") == {"a": (["a.ome.zarr"], "a.nii.gz")}
+
+
+def test_channels_along_the_fourth_axis_of_the_decathlons_files(tmp_path):
+    """Task01 and Task05 hold all channels in one file."""
+    touch(tmp_path, "imagesTr/BRATS_001.nii.gz", "labelsTr/BRATS_001.nii.gz", "imagesTs/BRATS_485.nii.gz")
+    mapping = {"modality": {"0": "FLAIR", "1": "T1w"}, "labels": {"0": "background", "1": "edema"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(mapping))
+    assert cases(tmp_path) == {
+        "BRATS_001": (["BRATS_001.nii.gz[0]", "BRATS_001.nii.gz[1]"], "BRATS_001.nii.gz"),
+        "BRATS_485": (["BRATS_485.nii.gz[0]", "BRATS_485.nii.gz[1]"], None),
+    }
+    del mapping["modality"]
+    (tmp_path / "dataset.json").write_text(json.dumps(mapping | {"channel_names": {"0": "FLAIR", "1": "T1w"}}))
+    assert cases(tmp_path)["BRATS_001"] == (["BRATS_001.nii.gz"], "BRATS_001.nii.gz")
+
+
+def test_ids_that_differ_in_upper_and_lower_case_alone_are_told_apart(tmp_path):
+    touch(tmp_path, "images/Case.nii.gz", "images/case.nii.gz", "images/CASE.nii.gz")
+    discovery = found(tmp_path)
+    assert not problems(discovery)
+    ids = [case.id for case in discovery.cases]
+    assert len({case_id.casefold() for case_id in ids}) == 3
+    assert sum(case_id in ("Case", "case", "CASE") for case_id in ids) == 1
+    assert found(tmp_path).cases == discovery.cases
+
+
+# --- DICOM in folders of images, and what belongs to a series
+
+
+def test_a_folder_of_slices_may_stand_for_an_image(tmp_path):
+    write_series(tmp_path / "images/p1")
+    touch(tmp_path, "images/p2.nii.gz", "labels/p1.nii.gz", "labels/p2.nii.gz", "images/empty/readme.txt")
+    discovery = found(tmp_path)
+    assert [(case.id, Path(case.label or "").name) for case in discovery.cases] == [
+        ("p1", "p1.nii.gz"),
+        ("p2", "p2.nii.gz"),
+    ]
+    assert discovery.set_aside == {"not-a-scan": 1}
+
+
+def test_ids_of_series_are_pseudonyms_and_so_are_patients(tmp_path):
+    write_series(tmp_path / "source/Meier")
+    ids = Pseudonyms("names", tmp_path / "secret")
+    (case,) = discover([str(tmp_path / "source")], ids=ids).cases
+    assert case.id == ids.series("CT", "1.2.826.0.1.1")
+    assert case.patient == ids.patient("", "1.2.826.0.1.9")
+    assert "Meier" not in case.id
+
+
+def segmentation(path: Path, *series: str, uid: str = "1.2.826.0.7.1", kind: str = "seg") -> Path:
+    """As much of a DICOM segmentation or structure set as says what it refers to."""
+    sop_class = {"seg": "1.2.840.10008.5.1.4.1.1.66.4", "rtstruct": "1.2.840.10008.5.1.4.1.1.481.3"}[kind]
+    data = Dataset()
+    data.SOPClassUID, data.SOPInstanceUID = sop_class, uid
+    data.StudyInstanceUID, data.SeriesInstanceUID = "1.2.826.0.1.9", f"{uid}.1"
+    data.Modality = {"seg": "SEG", "rtstruct": "RTSTRUCT"}[kind]
+    items = [Dataset() for _ in series]
+    for item, series_uid in zip(items, series, strict=True):
+        item.SeriesInstanceUID = series_uid
+    if kind == "seg":
+        data.ReferencedSeriesSequence = items
+    else:
+        study, frame = Dataset(), Dataset()
+        study.RTReferencedSeriesSequence = items
+        frame.RTReferencedStudySequence = [study]
+        data.ReferencedFrameOfReferenceSequence = [frame]
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.file_meta.MediaStorageSOPClassUID, data.file_meta.MediaStorageSOPInstanceUID = sop_class, uid
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+CT, MR = "1.2.826.0.1.1", "1.2.826.0.1.2"
+
+
+@pytest.fixture
+def study(tmp_path) -> Path:
+    write_series(tmp_path / "study/ct", series=CT)
+    write_series(tmp_path / "study/mr", series=MR, modality="MR")
+    return tmp_path / "study"
+
+
+def labels_of(folder: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
+    return {case.id: (Path(case.label or "").name, case.warnings) for case in found(folder).cases}
+
+
+@pytest.mark.parametrize("kind", ["seg", "rtstruct"])
+def test_a_segmentation_is_the_label_of_the_one_case_it_refers_to(study, kind):
+    segmentation(study / "drawn/a.dcm", CT, kind=kind)
+    assert labels_of(study) == {"ct": ("a.dcm", ()), "mr": ("", ())}
+    assert found(study).set_aside == {}
+
+
+def test_a_segmentation_of_two_cases_or_of_none_is_set_aside(study):
+    segmentation(study / "drawn/a.dcm", CT, MR)
+    segmentation(study / "drawn/b.dcm", "1.2.826.0.1.77", uid="1.2.826.0.7.2")
+    assert labels_of(study) == {"ct": ("", ()), "mr": ("", ())}
+    assert found(study).set_aside == {"annotation-of-several-scans": 1, "annotation-without-scan": 1}
+
+
+def test_of_several_segmentations_of_a_case_none_is_guessed(study):
+    segmentation(study / "drawn/a.dcm", CT)
+    segmentation(study / "drawn/b.dcm", CT, uid="1.2.826.0.7.2")
+    segmentation(study / "drawn/copy-of-a.dcm", CT)
+    segmentation(study / "drawn/c.dcm", MR, uid="1.2.826.0.7.3")
+    segmentation(study / "drawn/d.dcm", MR, uid="1.2.826.0.7.4", kind="rtstruct")
+    assert labels_of(study) == {"ct": ("", ("label.several",)), "mr": ("c.dcm", ())}
+    assert found(study).set_aside == {"annotation-copy": 1, "annotation-not-taken": 3}
+
+
+def test_a_folder_of_segmentations_alone_holds_no_case(tmp_path):
+    segmentation(tmp_path / "a.dcm", CT)
+    discovery = found(tmp_path)
+    assert discovery.cases == []
+    assert discovery.set_aside == {"annotation-without-scan": 1}
+
+
+# --- rules of selection
+
+
+RULES = ReadingPlan(select=(Selection(channel="mr", modality="MR"), Selection(channel="ct", modality="CT")))
+
+
+def test_rules_make_a_case_of_a_study_and_say_why_a_series_is_no_channel(study):
+    write_series(study / "other", series="1.2.826.0.1.5", modality="NM")
+    segmentation(study / "drawn/a.dcm", MR)
+    discovery = discover([str(study)], reading=RULES)
+    (case,) = discovery.cases
+    assert [Path(channel.partition("#")[0]).name for channel in case.channels] == ["mr", "ct"]
+    assert Path(case.label or "").name == "a.dcm"
+    assert [(left.case, left.modality, left.slices) for left in discovery.not_chosen] == [(case.id, "NM", 3)]
+    assert discovery.not_chosen[0].reason
+
+
+def test_a_study_that_fits_no_rule_is_a_refused_case(tmp_path):
+    write_series(tmp_path / "p1/ct", series=CT)
+    write_series(tmp_path / "p2/mr", series=MR, modality="MR", study="1.2.826.0.9.2")
+    discovery = discover([str(tmp_path)], reading=RULES)
+    assert problems(discovery) == {"p1-ct": "select.none", "p2-mr": "select.none"}
+
+
+def test_a_row_of_a_manifest_may_be_a_study(study):
+    path = write_csv(study / "m.csv", {"case": "one", "image": "."}, {"case": "two", "image": "ct"})
+    discovery = discover([str(path)], reading=RULES)
+    assert problems(discovery) == {"two": "select.none"}
+    one = discovery.cases[0]
+    assert (one.id, [c.rpartition("#")[2] for c in one.channels]) == ("one", [MR, CT])
+
+
+# --- manifests with odd rows
+
+
+def test_rows_without_case_or_with_impossible_names_are_refused_cases(tmp_path):
+    touch(tmp_path, "a.nii.gz")
+    (tmp_path / "m.csv").write_text(f"case,image\n,a.nii.gz\nb,a\0b.nii.gz\nc,{'x' * 5000}\nd\ne,a.nii.gz,more\n")
+    discovery = found(tmp_path / "m.csv")
+    assert problems(discovery) == {
+        "row-1": "cohort.missing-id",
+        "b": "scan.missing",
+        "c": "scan.missing",
+        "d": "cohort.missing-image",
+    }
+
+
+def test_a_field_longer_than_the_reader_takes_is_the_users_to_mend(tmp_path):
+    (tmp_path / "m.csv").write_text(f"case,image\na,{'x' * 200_000}\n")
+    with pytest.raises(ConfigError) as caught:
+        found(tmp_path / "m.csv")
+    assert caught.value.code == "manifest.unreadable"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[1, 2]", '{"labels": [1]}', '{"modality": {"a": "CT"}}', '{"labels": {"0": "b", "x": 70000}}', "[" * 100_000],
+)
+def test_a_dataset_json_of_another_make_is_named(tmp_path, content):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz")
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        found(tmp_path)
+    assert caught.value.code == "source.dataset-json"
 
 
 def test_the_order_of_sources_and_files_does_not_matter(tmp_path):

@@ -1,12 +1,22 @@
 """Whatever happens to a case, it is one outcome."""
 
 import logging
+import os
+import traceback
 
 import psutil
 import pytest
 
-from vnet_core.errors import ConfigError, EngineError, MemoryLimitError, ScanError, StorageError, TrainingError
-from workers.ledger import UNDONE, Outcome, counts, error_state, process_peak_bytes, settle
+from vnet_core.errors import (
+    ConfigError,
+    EngineError,
+    MemoryLimitError,
+    ScanError,
+    StorageError,
+    TrainingError,
+    VnetError,
+)
+from workers.ledger import UNDONE, Outcome, counts, error_state, nameless, process_peak_bytes, settle
 
 
 def raising(error: BaseException):
@@ -40,15 +50,51 @@ def test_what_is_not_the_scans_fault_fails_with_its_code(kind):
     assert error_state(kind("some.code", "why")) == "failed"
 
 
-@pytest.mark.parametrize("error", [ValueError("odd"), MemoryError(), OSError(5, "I/O error"), AssertionError("x")])
-def test_our_own_mistakes_fail_the_case_and_are_logged_with_their_trace(error, caplog):
-    with caplog.at_level(logging.ERROR, logger="vnet"):
-        outcome = settle("segment", "case-1", raising(error))
+def reading(path):
+    def compute():
+        raise FileNotFoundError(2, "DOE JOHN is not here", path)
+
+    return compute
+
+
+@pytest.mark.parametrize("error", [ValueError("DOE JOHN"), MemoryError(), AssertionError("DOE JOHN")])
+def test_our_own_mistakes_fail_the_case_and_tell_kind_and_place(error, caplog):
+    outcome = settle("segment", "case-1", raising(error))
     assert (outcome.state, outcome.codes) == ("failed", (f"internal.{type(error).__name__}",))
-    assert outcome.message == str(error)
     (record,) = caplog.records
-    assert record.exc_info[1] is error
-    assert "case-1" in record.getMessage()
+    place = f"{type(error).__name__} at {__name__}:"
+    assert place in outcome.message
+    assert record.levelno == logging.ERROR
+    assert record.getMessage().startswith(f"segment of case case-1 failed: {place}")
+    assert record.exc_info is None
+    assert "DOE" not in outcome.message + caplog.text
+    assert "VNET_TRACEBACKS=1" in outcome.message
+
+
+def test_an_error_of_the_system_keeps_the_systems_words_but_no_path(tmp_path, caplog):
+    outcome = settle("ingest", "c", reading(tmp_path / "DOE_JOHN.nii"))
+    assert outcome.codes == ("internal.FileNotFoundError",)
+    assert "FileNotFoundError (No such file or directory) at" in outcome.message
+    assert "DOE" not in outcome.message + caplog.text
+    assert str(tmp_path) not in outcome.message + caplog.text
+
+
+def test_a_person_may_ask_for_the_whole_trace(tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("VNET_TRACEBACKS", "1")
+    outcome = settle("ingest", "c", reading("DOE_JOHN.nii"))
+    assert "Traceback" in caplog.text
+    assert "DOE_JOHN.nii" in caplog.text
+    assert "DOE" not in outcome.message  # which goes into tables
+
+
+def test_what_wraps_an_unexpected_error_does_not_show_it(caplog):
+    with pytest.raises(VnetError) as caught, nameless("ingest"):
+        os.stat("/DOE_JOHN/scan.nii")
+    assert caught.value.code == "internal.FileNotFoundError"
+    assert "DOE" not in "".join(traceback.format_exception(caught.value))
+    with pytest.raises(ScanError, match="as it is"), nameless("ingest"):
+        raise ScanError("scan.x", "as it is")
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(130)])

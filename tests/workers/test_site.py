@@ -30,6 +30,11 @@ cron = "30 2 * * *"
 [[nightly]]
 cohort = "spleen"
 model = "spleen"
+
+[identity]
+ids = "pseudonyms"
+private = "/srv/private"
+secret_file = "/etc/vnet/secret"
 """
 
 
@@ -84,6 +89,12 @@ def test_an_unknown_key_names_the_nearest(tmp_path):
     assert "ray_adress is not a key of the site; the nearest is ray_address" in message
 
 
+def test_an_unknown_key_of_the_identity_names_the_nearest(tmp_path):
+    code, message = refused(tmp_path, '[identity]\nsecretfile = "/etc/vnet/secret"')
+    assert code == "site.unknown-key"
+    assert "identity.secretfile is not a key of the site; the nearest is identity.secret_file" in message
+
+
 def test_an_unknown_key_of_a_night_names_the_nearest(tmp_path):
     code, message = refused(tmp_path, '[[nightly]]\ncohort = "a"\nmodel = "m"\nchron = "0 1 * * *"')
     assert code == "site.unknown-key"
@@ -102,6 +113,7 @@ def test_an_unknown_key_of_a_night_names_the_nearest(tmp_path):
         ("root = 5", ["root", "(got 5)"]),
         ('preprocess_workers = "all"', ["preprocess_workers", "'all'"]),
         ('[[nightly]]\ncohort = "a"', ["nightly.0.model"]),
+        ('[identity]\nids = "initials"', ["identity.ids", "'names' or 'pseudonyms'", "'initials'"]),
     ],
 )
 def test_a_value_that_cannot_work_is_named(tmp_path, line, words):
