@@ -16,7 +16,7 @@ PACKAGES = ("vnet_core", "workers", "flows")
 RANKS = (
     ("errors",),
     ("geometry", "volume", "sections", "plan", "blocks"),
-    ("decide", "resample"),
+    ("decide", "resample", "straighten"),
     (
         "preprocess",
         "bias",
@@ -29,9 +29,12 @@ RANKS = (
         "surface",
         "statistics",
         "report",
+        "canvas",
+        "curves",
         "pictures",
         "phantoms",
         "spheres",
+        "contours",
         "networks",
         "losses",
         "fingerprint",
@@ -193,8 +196,9 @@ def test_prefect_is_in_flows_alone():
     assert all(within(module, "flows") for module in importers("prefect"))
 
 
-def test_zarr_is_in_one_module():
-    assert importers("zarr") | importers("fsspec") == {"workers.arrays"}
+def test_zarr_is_in_two_modules():
+    """Our own arrays, and foreign OME-Zarr scans."""
+    assert importers("zarr") | importers("fsspec") == {"workers.arrays", "workers.formats.ome_zarr"}
 
 
 def test_dask_is_in_one_module():
