@@ -174,7 +174,7 @@ def measure(arm: str, folder: Path) -> Run:
         return Run(seconds, usage.ru_utime + usage.ru_stime, largest, len(list(Path(scratch).glob("*.json"))))
 
 
-def report(files: int, series: int, measured: dict[str, list[Run]], tenth: Run) -> str:
+def report(files: int, series: int, measured: dict[str, list[Run]], tenth: Run) -> list[str]:
     """The results as Markdown, with what is needed to repeat them."""
     from benchmarks.machine import provenance  # imports torch, which no arm should hold
 
@@ -204,7 +204,7 @@ def report(files: int, series: int, measured: dict[str, list[Run]], tenth: Run) 
         "",
         *provenance("pydicom", "dcm2niix", "numpy"),
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def main() -> None:
@@ -228,11 +228,10 @@ def main() -> None:
         for _ in range(options.runs):
             for arm, runs in measured.items():
                 runs.append(measure(arm, whole))
-        text = report(options.files, options.series, measured, measure("ours", part))
-    print(text)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
+        lines = report(options.files, options.series, measured, measure("ours", part))
+    from benchmarks.machine import tell  # after the runs, as it imports torch
+
+    tell(lines, options.output)
 
 
 if __name__ == "__main__":

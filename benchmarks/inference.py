@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.machine import provenance
+from benchmarks.machine import provenance, tell
 from vnet_core.geometry import Shape
 from vnet_core.inference import precision, predict_logits, prepare
 from vnet_core.networks.layout import count_macs
@@ -266,10 +266,7 @@ def main() -> None:
         roi = model.plan.training.patch_size
         rows = agreement(load_networks(root, model)[0], model.plan, held_out(arguments.manifest, model.plan), roi)
         text += "\n" + report_agreement(model.name, rows, roi)
-    text += "\n".join([*provenance("torch", "monai", "numpy"), ""])
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text)
+    tell([*text.splitlines(), *provenance("torch", "monai", "numpy")], arguments.output)
 
 
 if __name__ == "__main__":

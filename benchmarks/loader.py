@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.machine import provenance
+from benchmarks.machine import provenance, tell
 from vnet_core.augment import intensity_quantiles
 from vnet_core.fitting import StepSettings, build_optimiser, train_step
 from vnet_core.geometry import Shape
@@ -118,11 +118,7 @@ def main() -> None:
         lines.append(f"| {name} | {np.median(found):.2f} | {found.min():.2f} |")
     network = build(plan_of(settings[0], {}))
     lines += ["", f"- network: {count_parameters(network):,} parameters, {str(precision()).removeprefix('torch.')}"]
-    text = "\n".join([*lines, *provenance("torch", "numpy")]) + "\n"
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text)
-    print(text)
+    tell([*lines, *provenance("torch", "numpy")], options.output)
 
 
 def arguments() -> argparse.Namespace:

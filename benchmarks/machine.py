@@ -24,6 +24,13 @@ def write_lines(target: Path, lines: Sequence[str]) -> None:
     target.write_text("\n".join(lines) + "\n")
 
 
+def tell(lines: Sequence[str], target: Path | None) -> None:
+    """Print what was measured, and write it as a results file where one is named."""
+    print("\n".join(lines))
+    if target:
+        write_lines(target, lines)
+
+
 def provenance(*packages: str) -> list[str]:
     """Lines of a results file: processor, memory, load, date, commit, versions and command."""
     versions = ", ".join(f"{name} {version(name)}" for name in packages)

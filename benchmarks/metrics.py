@@ -22,7 +22,7 @@ from statistics import median
 import numpy as np
 import psutil
 
-from benchmarks.machine import provenance
+from benchmarks.machine import provenance, tell
 from vnet_core.geometry import Shape, Triple
 from vnet_core.metrics import Structure, score_labels
 
@@ -154,7 +154,7 @@ def measure(arm: str, pair: Pair, shape: Shape) -> Measurement:
     return Measurement(seconds, peak - start_bytes if peak > before else 0, figures)
 
 
-def report(shape: Shape, measured: dict[Pair, dict[str, list[Measurement]]]) -> str:
+def report(shape: Shape, measured: dict[Pair, dict[str, list[Measurement]]]) -> list[str]:
     """The results as Markdown, with what is needed to repeat them."""
     lines = [
         "# Figures of a pair of masks",
@@ -194,7 +194,7 @@ def report(shape: Shape, measured: dict[Pair, dict[str, list[Measurement]]]) -> 
         "",
         *provenance("numpy", "scipy", "surface-distance", "monai", "torch"),
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def main() -> None:
@@ -210,11 +210,7 @@ def main() -> None:
             for _ in range(options.runs):
                 for arm, made in arms.items():
                     made.append(fresh_processes.submit(measure, arm, pair, shape).result())
-    text = report(shape, measured)
-    print(text)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
+    tell(report(shape, measured), options.output)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RESULTS, provenance, write_lines
+from benchmarks.machine import RESULTS, provenance, tell
 
 VNET = str(Path(sys.executable).with_name("vnet"))
 
@@ -61,8 +61,7 @@ def main() -> None:
         "",
         *provenance("prefect", "ray", "dask"),
     ]
-    print("\n".join(lines))
-    write_lines(options.output, lines)
+    tell(lines, options.output)
 
 
 def run(name: str, command: list[str]) -> tuple[str, float, Counter[str]]:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.cohort import emptied, vnet
-from benchmarks.machine import RESULTS, provenance, write_lines
+from benchmarks.machine import RESULTS, provenance, tell
 
 CHANNELS = ("fla", "t1", "t1c", "t2")
 LABELS = ("1=necrosis", "2=oedema")
@@ -129,8 +129,7 @@ def report(options: argparse.Namespace, trained: dict, scores: dict) -> None:
         "",
         *provenance("torch"),
     ]
-    write_lines(target, lines)
-    print("\n".join(lines))
+    tell(lines, target)
 
 
 if __name__ == "__main__":

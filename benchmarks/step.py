@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import RESULTS, provenance, write_lines
+from benchmarks.machine import RESULTS, provenance, tell
 from vnet_core.fitting import StepSettings, build_optimiser, train_step
 from vnet_core.inference import prepare, processor_precision
 from vnet_core.losses import build_loss
@@ -180,8 +180,7 @@ def report(output: Path | None, size: Size, device: torch.device, rows: list[Tim
             f"| {row.who} | {row.training_ms:.1f} | {row.inference_ms:.1f} | {row.gmacs:.1f} | {100 * share:.0f} % |"
         )
     lines += ["", *provenance("torch", "monai")]
-    write_lines(target, lines)
-    print("\n".join(lines))
+    tell(lines, target)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import safetensors.torch
 
-from benchmarks.machine import RESULTS, provenance, write_lines
+from benchmarks.machine import RESULTS, provenance, tell
 
 VNET = str(Path(sys.executable).with_name("vnet"))
 
@@ -55,8 +55,7 @@ def main() -> None:
             f" {losses[-1]:.4f} | {sum(dice) / max(1, len(dice)):.4f} | {difference(one[1], weights):.2e} |"
         )
     lines += ["", *provenance("torch", "ray")]
-    print("\n".join(lines))
-    write_lines(options.output, lines)
+    tell(lines, options.output)
 
 
 def finished(command: list[str], root: Path, model: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -29,6 +29,7 @@ RANKS = (
         "surface",
         "statistics",
         "report",
+        "colours",
         "canvas",
         "curves",
         "pictures",

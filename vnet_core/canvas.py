@@ -9,8 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-COLOURS = ("#E69F00", "#56B4E9", "#F0E442", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
-"""Okabe and Ito's colours for every kind of colour vision, in the order in which labels take them."""
+from vnet_core.colours import COLOURS, rgb
 
 BACKGROUND, FAINT, TEXT = 24, 150, 235
 """Greys of what lies behind everything, of notes and of text."""
@@ -77,11 +76,10 @@ class Canvas:
         index = np.where(alpha > 0, line, np.rint(grey * (greys - 1)).astype(int))
         palette = np.zeros((greys + len(COLOURS) * per_colour, 3))
         palette[:greys] = np.linspace(0, 255, greys)[:, None]
-        for c, name in enumerate(COLOURS):
-            rgb = np.array([int(name[i : i + 2], 16) for i in (1, 3, 5)])
+        for c in range(len(COLOURS)):
             for a in range(_ALPHAS):
                 share = (a + 1) / _ALPHAS
-                blend = share * rgb + (1 - share) * np.linspace(0, 255, _UNDER)[:, None]
+                blend = share * np.array(rgb(c)) + (1 - share) * np.linspace(0, 255, _UNDER)[:, None]
                 start = greys + c * per_colour + a * _UNDER
                 palette[start : start + _UNDER] = blend
         assert len(palette) <= 256

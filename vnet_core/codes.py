@@ -214,7 +214,7 @@ _REFUSED: dict[str, tuple[str, str]] = {
 _WARNED: dict[str, tuple[str, str]] = {
     "scan.trailing-bytes": ("A few bytes follow the last declared one and were passed over.", "Nothing, if expected."),
     "scan.unscaled": (
-        "The header's slope is 0 or NaN, which by the format means: not rescaled.",
+        "The header's slope is no number, which by custom means: not rescaled.",
         "Check that the intensities are what they should be.",
     ),
     "geometry.repaired": (

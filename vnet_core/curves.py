@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vnet_core.canvas import COLOURS
+from vnet_core.colours import COLOURS
 
 _ON_WHITE = (6, 0, 4, 3, 5, 1, 2)
 """The order in which curves take the colours, those that stand out from white first."""

@@ -1,8 +1,8 @@
-"""Zip and tar archives of scans as sources: judged before and while they are unpacked, each into a folder of its own.
+"""Zip and tar archives: judged before and while they are unpacked, each into a folder of its own.
 
-An unpacked archive lies under ``archives/<first 40 digits of the SHA-256 of its bytes>`` in the storage root and
-appears there whole or not at all, so the same archive is unpacked once. Archives within an archive stay closed.
-Messages name no member, because a name may identify a patient.
+An archive that is a source of scans lies unpacked under ``archives/<first 40 digits of the SHA-256 of its bytes>`` in
+the storage root and appears there whole or not at all, so the same archive is unpacked once. Archives within an archive
+stay closed. Messages name no member, because a name may identify a patient.
 """
 
 from __future__ import annotations
@@ -31,19 +31,11 @@ FOLDER = "scans"
 """Name of the folder that holds what an archive holds."""
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 """Names of archives, in any case; a ``.nii.gz`` is none."""
-MAX_FILES = 200_000
-"""Files in one archive."""
-MAX_BYTES = 1 << 40
-"""Unpacked bytes of one archive."""
-MAX_GROWTH = 100
-"""Unpacked bytes per byte of the archive; scans grow by 2 to 10, label maps by more."""
-SLACK_BYTES = 1 << 28
-"""That small archives may hold more than MAX_GROWTH times their size."""
 _CHUNK_BYTES = 1 << 20
 _MAX_READ_BYTES = 1 << 24
 """Taken from a compressed stream at once: no header of a member is that long."""
-_MAX_DIRECTORY_BYTES = 400 * MAX_FILES
-"""Length of a zip file's list of members."""
+_DIRECTORY_ENTRY_BYTES = 400
+"""Of a zip file's list of members, per file that may be in it."""
 _MAX_PADDING_BYTES = 1 << 24
 _BLOCK_BYTES = 512
 _DAMAGE = (
@@ -57,6 +49,26 @@ _DAMAGE = (
     ValueError,
 )
 """What the standard library raises on archives that are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What is unpacked; an archive that holds more is refused."""
+
+    files: int = 200_000
+    total_bytes: int = 1 << 40
+    """Unpacked; the largest public data sets have 30 GB."""
+    growth: int = 100
+    """Unpacked bytes per byte of the archive; scans grow by 2 to 10, label maps by more."""
+    slack_bytes: int = 1 << 28
+    """That small archives may hold more than ``growth`` times their size."""
+
+    def unpacked_bytes(self, archive_bytes: int) -> int:
+        """The most that an archive of so many bytes may hold."""
+        return min(self.total_bytes, self.slack_bytes + self.growth * archive_bytes)
+
+
+LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +90,7 @@ def archive_stem(path: Path) -> str:
     return re.sub(r"(\.tar\.gz|\.tgz|\.tar|\.zip)$", "", path.name, flags=re.IGNORECASE)
 
 
-def unpacked(root: Root, archive: Path) -> Path:
+def unpacked(root: Root, archive: Path, limits: Limits = LIMITS) -> Path:
     """The folder that holds what the archive holds; an archive that was unpacked before is not again.
 
     Where the archive has one single folder at its top, that folder's content is what it holds. ``ScanError``:
@@ -100,10 +112,8 @@ def unpacked(root: Root, archive: Path) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=parent))
         try:
-            unpack(archive, staging)
-            top = list(staging.iterdir())
-            whole = top[0] if len(top) == 1 and top[0].is_dir() else staging
-            _publish(whole, folder)
+            unpack(archive, staging, limits)
+            _publish(content_of(staging), folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
@@ -121,12 +131,21 @@ def _publish(whole: Path, folder: Path) -> None:
             raise
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """Write every file of the archive below ``folder``; resource forks of macOS (``._name``) are left out."""
+def content_of(folder: Path) -> Path:
+    """Where the content of an archive is that was unpacked here: in the single folder at its top, or else here."""
+    top = list(folder.iterdir())
+    return top[0] if len(top) == 1 and top[0].is_dir() else folder
+
+
+def unpack(archive: Path, folder: Path, limits: Limits = LIMITS) -> None:
+    """Write every file of the archive below ``folder``; resource forks of macOS (``._name``) are left out.
+
+    ``ScanError``: ``archive.unsafe``, ``archive.too-large``, ``archive.encrypted``, ``archive.damaged``; what was
+    written until then stays.
+    """
     try:
-        limit = min(MAX_BYTES, SLACK_BYTES + MAX_GROWTH * archive.stat().st_size)
-        with _members(archive) as members:
-            _write(members, folder, limit)
+        with _members(archive, limits) as members:
+            _write(members, folder, limits, limits.unpacked_bytes(archive.stat().st_size))
     except ScanError:
         raise
     except _DAMAGE as error:
@@ -135,17 +154,13 @@ def unpack(archive: Path, folder: Path) -> None:
         ) from None
 
 
-def _write(members: Iterator[_Member], folder: Path, limit_bytes: int) -> None:
+def _write(members: Iterator[_Member], folder: Path, limits: Limits, most_bytes: int) -> None:
     files = declared = 0
     for member in members:
         parts = _safe_parts(member)
         files, declared = files + 1, declared + member.size
-        if files > MAX_FILES or declared > limit_bytes:
-            raise ScanError(
-                "archive.too-large",
-                f"the archive holds at least {files} files and {declared} bytes, {MAX_FILES} files and {limit_bytes}"
-                " bytes are unpacked; unpack it yourself and give the folder",
-            )
+        if files > limits.files or declared > most_bytes:
+            raise _too_large(f"the archive holds at least {files} files and {declared} bytes", limits, most_bytes)
         if not parts or parts[-1].startswith("._"):
             continue
         target = folder.joinpath(*parts)
@@ -165,6 +180,14 @@ def _write(members: Iterator[_Member], folder: Path, limit_bytes: int) -> None:
             )
 
 
+def _too_large(found: str, limits: Limits, most_bytes: int) -> ScanError:
+    return ScanError(
+        "archive.too-large",
+        f"{found}, at most {limits.files} files and {most_bytes} bytes are unpacked; look into it, unpack it yourself"
+        " and give the folder",
+    )
+
+
 def _safe_parts(member: _Member) -> tuple[str, ...]:
     """The member's path, part by part, below the folder that it is unpacked to; () for that folder itself."""
     if member.kind == "other":
@@ -180,9 +203,9 @@ def _safe_parts(member: _Member) -> tuple[str, ...]:
 
 
 @contextmanager
-def _members(archive: Path) -> Iterator[Iterator[_Member]]:
+def _members(archive: Path, limits: Limits) -> Iterator[Iterator[_Member]]:
     if archive.name.lower().endswith(".zip"):
-        _check_directory(archive)
+        _check_directory(archive, limits)
         with zipfile.ZipFile(archive) as file:
             yield (_zip_member(file, info) for info in file.infolist())
         return
@@ -233,7 +256,7 @@ class _Sparing:
         return self._stream.tell()
 
 
-def _check_directory(archive: Path) -> None:
+def _check_directory(archive: Path, limits: Limits) -> None:
     """Refuse a zip file by what its end says of the list of members, before that list is read into memory."""
     with archive.open("rb") as file:
         size = file.seek(0, 2)
@@ -246,12 +269,8 @@ def _check_directory(archive: Path) -> None:
     wide = tail.rfind(b"PK\x06\x06", 0, at)
     if wide >= 0 and at >= wide + 56:
         files, length = struct.unpack_from("<QQ", tail, wide + 32)
-    if files > MAX_FILES or length > _MAX_DIRECTORY_BYTES:
-        raise ScanError(
-            "archive.too-large",
-            f"the zip file lists {files} files in {length} bytes, {MAX_FILES} files in {_MAX_DIRECTORY_BYTES} bytes are"
-            " read; unpack it yourself and give the folder",
-        )
+    if files > limits.files or length > _DIRECTORY_ENTRY_BYTES * limits.files:
+        raise _too_large(f"the zip file lists {files} files in {length} bytes", limits, limits.unpacked_bytes(size))
 
 
 def _zip_member(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:

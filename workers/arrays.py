@@ -15,10 +15,10 @@ import zarr
 import zarr.errors
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
+from vnet_core.colours import rgb
 from vnet_core.errors import StorageError
 from vnet_core.geometry import Geometry, to_mapping
 from vnet_core.plan import Label
-from workers.dicom.codes import LABEL_COLOURS
 from workers.store import Root, raise_if_full
 
 CHUNK_EDGE = 64
@@ -102,10 +102,7 @@ def write_ome_labels(root: Root, prefix: str, mask: np.ndarray, geometry: Geomet
             }
         ],
         "image-label": {
-            "colors": [
-                {"label-value": label.value, "rgba": [*LABEL_COLOURS[i % len(LABEL_COLOURS)], 255]}
-                for i, label in enumerate(labels)
-            ],
+            "colors": [{"label-value": label.value, "rgba": [*rgb(i), 255]} for i, label in enumerate(labels)],
             "properties": [
                 {
                     "label-value": label.value,

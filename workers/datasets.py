@@ -90,8 +90,20 @@ CATALOGUE: Mapping[str, Dataset] = MappingProxyType(
             "vnet train --cohort hippocampus --model hippocampus --plan examples/hippocampus.toml --minutes 10",
             "vnet segment {output}/Task04_Hippocampus/imagesTs --model hippocampus --output masks",
         ),
+        "msd-brain-tumour": _derived(
+            "Task01_BrainTumour",
+            "240a19d752f0d9e9101544901065d872",
+            "task 1: glioma in four channels, MR, 484 labelled and 266 unlabelled scans",
+        ),
         "msd-heart": _derived("Task02_Heart", "06ee59366e1e5124267b774dbd654057", "task 2: left atrium, MR"),
         "msd-liver": _derived("Task03_Liver", "a90ec6c4aa7f6a3d087205e23d4e6397", "task 3: liver and tumour, CT"),
+        "msd-prostate": _decathlon(
+            "Task05_Prostate",
+            "35138f08b1efaef89d7424d2bcc928db",
+            "task 5: zones of the prostate in two channels, MR, 32 labelled and 16 unlabelled scans",
+            "vnet ingest {output}/Task05_Prostate --cohort prostate-zones",
+            "vnet train --cohort prostate-zones --model prostate-zones --minutes 60",
+        ),
         "msd-lung": _derived("Task06_Lung", "8afd997733c7fc0432f71255ba4e52dc", "task 6: lung tumour, CT"),
         "msd-pancreas": _derived(
             "Task07_Pancreas", "4f7080cfca169fa8066d17ce6eb061e4", "task 7: pancreas and tumour, CT"

@@ -31,7 +31,7 @@ from workers.found import Discovery, Found, Rules, is_zarr
 from workers.identity import Pseudonyms
 from workers.manifests import SUFFIXES as MANIFEST_SUFFIXES
 from workers.manifests import read_manifest
-from workers.scans import case_stem, is_scan
+from workers.scans import case_stem, is_nifti, is_scan, numbered_volume
 from workers.studies import dicom_cases
 
 IMAGE_LABEL_FOLDERS = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"), ("images", "labels"))
@@ -62,7 +62,7 @@ def discover(
     endings = tuple(f"_{channel}" for channel in channels) if len(channels) > 1 else ()
     rules = Rules(endings, reading.select if reading else (), ids, passed_by)
     for source in sources:
-        path = Path(source)
+        path, number = numbered_volume(source) or (Path(source), None)
         if not path.exists():
             raise ConfigError("source.missing", f"source {source} does not exist; correct the path or mount the share")
         if path.is_dir() and not is_zarr(path):
@@ -70,7 +70,8 @@ def discover(
         elif path.is_file() and path.suffix.lower() in MANIFEST_SUFFIXES:
             read_manifest(path, rules, result)
         else:
-            result.cases.append(Found(rules.case_id(case_stem(path)), (str(path),)))
+            told, end = ("", "") if number is None else (f"-{number}", f"[{number}]")
+            result.cases.append(Found(rules.case_id(case_stem(path) + told), (f"{path}{end}",)))
     result.cases = checked(result.cases)
     return result
 
@@ -241,9 +242,11 @@ def _images_and_labels(images: Path, labels: Path, top: Path, rules: Rules, resu
         if folder.problem:
             result.cases.append(Found(rules.case_id(folder.path.name), (), problem=folder.problem))
     for name, channels in _by_case(listed.scans, rules.endings).items():
-        if result.stacked and len(channels) == 1 and case_stem(Path(channels[0])) == name:
-            channels = tuple(f"{channels[0]}[{number}]" for number in range(len(result.channels)))
-        result.cases.append(_found(rules.case_id(name), channels, truth.pop(name, None), outside))
+        case = _found(rules.case_id(name), channels, truth.pop(name, None), outside)
+        (file, *more) = (Path(channel) for channel in channels)
+        if result.stacked and not more and is_nifti(file) and case_stem(file) == name:
+            case = replace(case, channels=tuple(f"{file}[{number}]" for number in range(len(result.channels))))
+        result.cases.append(case)
     for folder_path in listed.folders:
         cases = dicom_cases(scan_tree(folder_path), folder_path, rules, result)
         if not cases:

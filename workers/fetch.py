@@ -10,20 +10,16 @@ import json
 import os
 import re
 import shutil
-import stat
-import tarfile
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import IO
 from urllib.parse import unquote, urlsplit
 
 import pooch
 import requests
 
-from vnet_core.errors import ConfigError, StorageError
+from vnet_core.errors import ConfigError, ScanError, StorageError
+from workers import archives
 from workers.datasets import CATALOGUE, Dataset, Remote
 from workers.ledger import Outcome, State, settle
 from workers.store import raise_if_full
@@ -35,12 +31,6 @@ TIMEOUT_S = 60.0
 """Without a byte for this long a connection counts as broken."""
 CHUNK_BYTES = 1 << 16
 """Written at a time; a connection that breaks loses at most this much."""
-MAX_FILES = 200_000
-"""Files in one archive; more are refused."""
-MAX_GROWTH = 50
-"""Unpacked bytes per byte of the archive above which it is refused; compressed scans grow by 2 to 10."""
-_SLACK_BYTES = 1 << 26
-"""That small archives may hold more than MAX_GROWTH times their size."""
 Progress = Callable[[str, int, int | None], None]
 """Told the file's name, the bytes that have come, and how many there are, where the server says so."""
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
@@ -110,7 +100,7 @@ def _fetch_one(remote: Remote, output: Path, on_bytes: Progress) -> Fetched:
         try:
             file = download(remote, output, lambda done, total: on_bytes(name, done, total))
             sha256 = pooch.file_hash(str(file))
-            path = unpack(file, output) if archive_kind(file) else file
+            path = unpack(file, output) if archives.is_archive(file) else file
             _write_receipt(receipt, {"checksum": remote.checksum, "sha256": sha256, "path": path.name})
         except OSError as error:
             raise_if_full(error, output)
@@ -258,120 +248,31 @@ def _total(response: requests.Response, match: re.Match[str] | None) -> int | No
 # --- archives
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
-    name: str
-    kind: str
-    """`file`, `folder` or `other`."""
-    size: int
-    open: Callable[[], IO[bytes]]
-
-
-def archive_kind(path: Path) -> str | None:
-    """`zip` or `tar` by the file's name, None for any other; a ``.nii.gz`` is no archive."""
-    name = path.name.lower()
-    if name.endswith(".zip"):
-        return "zip"
-    return "tar" if name.endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")) else None
-
-
-def unpack(archive: Path, output: Path) -> Path:
+def unpack(archive: Path, output: Path, limits: archives.Limits = archives.LIMITS) -> Path:
     """Unpack beside the archive and remove it; returns the folder, which appears whole or not at all.
 
     The folder is the archive's single top folder, or one named after the archive. Files that begin with ``._``
     (resource forks of macOS) are left out.
 
-    Raises StorageError ``fetch.archive`` for a member that is absolute, climbs out, is a link, a device or a second
-    file of its name, for more than MAX_FILES files or MAX_GROWTH times the archive's bytes, and for damage;
-    ``fetch.exists`` when the folder is there already.
+    Raises StorageError ``fetch.archive`` for what :func:`workers.archives.unpack` refuses, ``fetch.exists`` when the
+    folder is there already.
     """
     staging = output / f".{archive.name}.unpacking"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
-        _unpack_into(archive, staging)
-        top = list(staging.iterdir())
-        whole = top[0] if len(top) == 1 and top[0].is_dir() else staging
-        name = whole.name if whole is not staging else re.sub(r"(\.tar)?\.[A-Za-z0-9]+$", "", archive.name)
-        target = output / name
+        archives.unpack(archive, staging, limits)
+        whole = archives.content_of(staging)
+        target = output / (archives.archive_stem(archive) if whole is staging else whole.name)
         if target.exists():
             raise StorageError("fetch.exists", f"{target} is there already; remove it or name another --output")
         whole.rename(target)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError) as error:
+    except ScanError as error:
         raise StorageError(
-            "fetch.archive", f"{archive.name} is damaged ({type(error).__name__}); remove it and fetch it again"
+            "fetch.archive",
+            f"{archive.name} is not unpacked: {error.message}; to fetch it once more, remove it first",
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     archive.unlink()
     return target
-
-
-def _unpack_into(archive: Path, folder: Path) -> None:
-    limit = _SLACK_BYTES + MAX_GROWTH * archive.stat().st_size
-    files = written = 0
-    with _members(archive) as members:
-        for member in members:
-            parts = _safe_parts(member, archive.name)
-            if parts[-1].startswith("._"):
-                continue
-            target = folder.joinpath(*parts)
-            if member.kind == "folder":
-                target.mkdir(parents=True, exist_ok=True)
-                continue
-            files, written = files + 1, written + member.size
-            if files > MAX_FILES or written > limit:
-                raise _refused(
-                    archive.name,
-                    f"it holds over {files - 1} files or {limit} bytes",
-                    "look into it before unpacking it",
-                )
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with member.open() as source, target.open("xb") as file:
-                    shutil.copyfileobj(source, file, CHUNK_BYTES)
-            except (FileExistsError, NotADirectoryError, IsADirectoryError):
-                raise _refused(archive.name, f"it holds {member.name!r} twice", "unpack it by hand") from None
-
-
-@contextmanager
-def _members(archive: Path) -> Iterator[Iterator[_Member]]:
-    if archive_kind(archive) == "zip":
-        with zipfile.ZipFile(archive) as file:
-            yield (_zip_member(file, info) for info in file.infolist())
-    else:
-        with tarfile.open(archive) as tar:
-            yield (_tar_member(tar, info) for info in tar)
-
-
-def _zip_member(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
-    mode = info.external_attr >> 16
-    plain = stat.S_IFMT(mode) in (0, stat.S_IFREG, stat.S_IFDIR)
-    kind = "folder" if info.is_dir() else "file"
-    return _Member(info.filename, kind if plain else "other", info.file_size, lambda: file.open(info))
-
-
-def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> _Member:
-    def content() -> IO[bytes]:
-        source = tar.extractfile(info)
-        assert source is not None, "a regular file has content"
-        return source
-
-    kind = "file" if info.isreg() else "folder" if info.isdir() else "other"
-    return _Member(info.name, kind, info.size, content)
-
-
-def _safe_parts(member: _Member, archive: str) -> tuple[str, ...]:
-    """The member's path, part by part, below the folder that it is unpacked to."""
-    if member.kind == "other":
-        raise _refused(archive, f"{member.name!r} is a link or a device", "unpack it by hand")
-    path = PurePosixPath(member.name)
-    parts = tuple(part for part in path.parts if part != ".")
-    outside = path.is_absolute() or ".." in parts or any(c in member.name for c in "\\\0")
-    if outside:
-        raise _refused(archive, f"{member.name!r} would lie outside its folder", "do not unpack it")
-    return parts or (".",)
-
-
-def _refused(archive: str, found: str, remedy: str) -> StorageError:
-    return StorageError("fetch.archive", f"{archive} is not unpacked: {found}; {remedy}")

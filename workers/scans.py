@@ -4,14 +4,16 @@
 as success; :mod:`workers.dicom` reads series, segmentations and contours. Files index x, y, z and we index z, y, x;
 voxels need no move, since x is fastest in both. Messages name no file and no identifier: both may name a patient.
 
-A source is a scan file, an OME-Zarr folder, a folder that holds one DICOM series, or ``FOLDER#SeriesInstanceUID`` with
-an optional ``/PART`` where it holds several. Reading happens in this process; :mod:`workers.reading` does the same
-apart from it, as files that come from elsewhere should be read.
+A source is a scan file, ``FILE[k]`` for one volume (from 0) of a NIfTI file with four axes, an OME-Zarr folder, a
+folder that holds one DICOM series, or ``FOLDER#SeriesInstanceUID`` with an optional ``/PART`` where it holds several.
+Reading happens in this process; :mod:`workers.reading` does the same apart from it, as files that come from elsewhere
+should be read.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +33,8 @@ from workers.dicom.volumes import read_series, series_geometry
 from workers.formats.blocks import Layout, open_regular, read_block, unchanged
 from workers.formats.headers import FileGrid, Settled, not_a, settled
 from workers.formats.metaimage import META_SUFFIXES, meta_layout
-from workers.formats.nifti import NIFTI_SUFFIXES, is_nifti, nifti_layout, second_opinion
+from workers.formats.nifti import NIFTI_SUFFIXES, nifti_layout, second_opinion
+from workers.formats.nifti import is_nifti as is_nifti
 from workers.formats.nrrd import NRRD_SUFFIXES, nrrd_layout
 from workers.formats.ome_zarr import is_ome_zarr as is_ome_zarr
 from workers.formats.ome_zarr import ome_zarr_files, ome_zarr_layout, read_ome_zarr
@@ -44,6 +47,7 @@ SCAN_SUFFIXES = (*NIFTI_SUFFIXES, *META_SUFFIXES, *NRRD_SUFFIXES)
 AS_STORED = ReadingPlan()
 """What is read where nothing is chosen: every doubt is a refusal, no voxel is interpolated."""
 
+_VOLUME = re.compile(r"(.+)\[([0-9]{1,9})\]", re.DOTALL)
 _SOP_CLASS = 0x00080016
 _NAME_SUFFIXES = (*SCAN_SUFFIXES, ".ome.zarr", ".zarr")
 
@@ -120,13 +124,13 @@ def read_label_scan(
 
 def read_geometry(source: str | Path, reading: ReadingPlan = AS_STORED) -> Geometry:
     """The grid alone, from headers; every check of :func:`read_scan` that needs no voxel is made."""
-    path, series = _split(source)
+    path, series, volume = _split(source)
     if is_ome_zarr(path):
         return settled(ome_zarr_layout(path).grid, reading.sheared_axes).geometry
     if os.path.isdir(path):
         return series_geometry(find_series(path, series), reading)
     with unchanged(path):
-        layout = _layout(path, reading)
+        layout = _layout(path, reading, volume)
         place = settled(layout.grid, reading.sheared_axes)
         _second_opinion(path, layout, reading)
     return place.geometry
@@ -134,7 +138,7 @@ def read_geometry(source: str | Path, reading: ReadingPlan = AS_STORED) -> Geome
 
 def source_files(source: str | Path) -> list[Path]:
     """All files whose bytes make up the source, sorted: the data file beside a header, the slices of a series."""
-    path, series = _split(source)
+    path, series, _ = _split(source)
     if is_ome_zarr(path):
         return ome_zarr_files(path)
     if os.path.isdir(path):
@@ -146,6 +150,14 @@ def source_files(source: str | Path) -> list[Path]:
         open_regular(path).close()
         return [path]
     return sorted({path, _layout(path, AS_STORED).data_file})
+
+
+def numbered_volume(source: str | Path) -> tuple[Path, int] | None:
+    """File and number of ``FILE[k]``; None where the source does not name one volume of a NIfTI file."""
+    match = _VOLUME.fullmatch(str(source))
+    if match is None or not is_nifti(Path(match[1])) or os.path.exists(source):  # a file may have such a name itself
+        return None
+    return Path(match[1]), int(match[2])
 
 
 def is_dicom_file(path: Path) -> bool:
@@ -174,17 +186,20 @@ def _read_annotation(path: Path, image: Geometry | None, labels: Sequence[Label]
     )
 
 
-def _split(source: str | Path) -> tuple[Path, str]:
-    path = Path(source)
+def _split(source: str | Path) -> tuple[Path, str, int | None]:
+    """Path, series of a folder, volume of a file."""
+    path, numbered = Path(source), numbered_volume(source)
+    if numbered is not None:
+        return numbered[0], "", numbered[1]
     head, mark, series = str(source).rpartition("#")
     if mark and not os.path.exists(path) and os.path.isdir(head):  # no error for a name that no file can have
-        return Path(head), series
-    return path, ""
+        return Path(head), series, None
+    return path, "", None
 
 
 def _read(source: str | Path, reading: ReadingPlan) -> tuple[Scan, np.ndarray | None]:
     """The scan as stored; where its axes are sheared, on a stand-in of its origin alone, and with its steps in mm."""
-    path, series = _split(source)
+    path, series, volume = _split(source)
     if is_ome_zarr(path):
         voxels, image = read_ome_zarr(path)
         return _on_its_grid(voxels, image.grid, settled(image.grid, reading.sheared_axes), image.warnings)
@@ -193,7 +208,7 @@ def _read(source: str | Path, reading: ReadingPlan) -> tuple[Scan, np.ndarray | 
         with unchanged(*found.files):
             return read_series(found, reading), None
     with unchanged(path):
-        layout = _layout(path, reading)
+        layout = _layout(path, reading, volume)
         with unchanged(layout.data_file):
             place = settled(layout.grid, reading.sheared_axes)
             voxels, notes = read_block(layout)  # first: damage is told as damage, not as odd geometry
@@ -211,10 +226,10 @@ def _on_its_grid(
     return Scan(Volume(voxels[None], stand_in), noted), grid.steps_mm
 
 
-def _layout(path: Path, reading: ReadingPlan) -> Layout:
+def _layout(path: Path, reading: ReadingPlan, volume: int | None = None) -> Layout:
     name = path.name.lower()
     if name.endswith(NIFTI_SUFFIXES):
-        return nifti_layout(path, reading.nifti_transform)
+        return nifti_layout(path, reading.nifti_transform, volume)
     if name.endswith(META_SUFFIXES):
         return meta_layout(path)
     if name.endswith(NRRD_SUFFIXES):

@@ -235,7 +235,7 @@ INPUTS = (
     _bad(13, "unknown voxel type", "datatype 9999", "scan.dtype", put("h", (DATATYPE, (9999,)))),
     _bad(14, "bits contradict the type", "bitpix 64 for int16", "scan.header", put("h", (BITPIX, (64,)))),
     _row(
-        15, "slope 0", "scl_slope 0, which the standard defines as not scaled", "warned:scan.unscaled",
+        15, "slope 0", "scl_slope 0, which the standard defines as not scaled", "accepted",
         sound(edited(put("f", (SLOPE, (0.0, 0.0))))),
     ),
     _row(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vnet_core.canvas import COLOURS
+from vnet_core.colours import COLOURS
 from vnet_core.curves import curve_picture
 
 

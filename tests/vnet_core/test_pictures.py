@@ -9,7 +9,7 @@ import SimpleITK as sitk
 from PIL import Image
 from scipy import ndimage
 
-from vnet_core.canvas import COLOURS
+from vnet_core.colours import COLOURS, rgb
 from vnet_core.errors import ScanError
 from vnet_core.geometry import CANONICAL_DIRECTION, Geometry, Reorientation, matrix_of
 from vnet_core.phantoms import LABELS, PhantomSpec, oblique_direction, phantom
@@ -17,7 +17,7 @@ from vnet_core.pictures import MAX_BYTES, ROWS, qc_picture
 from vnet_core.plan import Label
 
 ORGAN, LESION = LABELS
-ORANGE, SKY = (tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in COLOURS[:2])
+ORANGE, SKY = rgb(0), rgb(1)
 
 
 def pixels(png: bytes) -> np.ndarray:

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from vnet_core.errors import ScanError
-from workers import archives
-from workers.archives import archive_stem, is_archive, unpacked
+from workers.archives import Limits, archive_stem, is_archive, unpacked
 from workers.store import Root
 
 
@@ -37,11 +36,11 @@ def tarred(path: Path, *members: tuple[str | tarfile.TarInfo, bytes]) -> Path:
     return path
 
 
-def refused(root: Root, path: Path) -> str:
+def refused(root: Root, path: Path, limits: Limits | None = None) -> str:
     """The code; nothing is left unpacked, and nothing was written beside the root."""
     before = everything(path.parent, root)
     with pytest.raises(ScanError) as caught:
-        unpacked(root, path)
+        unpacked(root, path, limits or Limits())
     assert everything(path.parent, root) == before
     assert not [p for p in root.folder.rglob("*") if p.is_file() or p.name == "scans"]
     assert "secret" not in str(caught.value), "a member's name may be a patient's"
@@ -137,23 +136,26 @@ def test_an_encrypted_archive_is_named(root, tmp_path):
     assert refused(root, path) == "archive.encrypted"
 
 
-def test_a_bomb_is_refused_before_it_is_unpacked(root, tmp_path, monkeypatch):
+def test_a_bomb_is_refused_before_it_is_unpacked(root, tmp_path):
     """16 MiB of zeros in some 16 kB."""
-    monkeypatch.setattr(archives, "SLACK_BYTES", 1 << 20)
     for pack, name in ((zipped, "a.zip"), (tarred, "a.tgz")):
         path = pack(tmp_path / name, ("a.nii", bytes(1 << 24)))
         assert path.stat().st_size < 1 << 15
-        assert refused(root, path) == "archive.too-large"
+        assert refused(root, path, Limits(slack_bytes=1 << 20)) == "archive.too-large"
 
 
-def test_too_many_members_are_refused(root, tmp_path, monkeypatch):
+def test_small_archives_may_grow_and_large_ones_not_beyond_the_whole():
+    limits = Limits(total_bytes=5000, growth=100, slack_bytes=1000)
+    assert [limits.unpacked_bytes(size) for size in (0, 10, 40, 1000)] == [1000, 2000, 5000, 5000]
+    assert Limits().unpacked_bytes(30 * 10**9) > 31 * 10**9, "the largest public data sets"
+
+
+def test_too_many_members_are_refused(root, tmp_path):
     path = zipped(tmp_path / "a.zip", *((f"{n}.nii", b"") for n in range(12)))
     other = tarred(tmp_path / "a.tar", *((f"{n}.nii", b"") for n in range(12)))
-    monkeypatch.setattr(archives, "MAX_FILES", 11)
-    assert refused(root, path) == "archive.too-large"
-    assert refused(root, other) == "archive.too-large"
-    monkeypatch.setattr(archives, "MAX_FILES", 12)
-    assert len(list(unpacked(root, other).iterdir())) == 12
+    assert refused(root, path, Limits(files=11)) == "archive.too-large"
+    assert refused(root, other, Limits(files=11)) == "archive.too-large"
+    assert len(list(unpacked(root, other, Limits(files=12)).iterdir())) == 12
 
 
 def test_a_zip_file_that_lists_a_million_members_is_refused_by_its_end(root, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import zarr
 from ome_zarr_models.v05 import ImageLabel
 
+from vnet_core.colours import rgb
 from vnet_core.errors import StorageError
 from vnet_core.geometry import CANONICAL_DIRECTION, Geometry, from_mapping, matrix_of
 from vnet_core.plan import Label
@@ -234,7 +235,8 @@ def test_more_labels_than_colours_still_have_values_of_their_own(root):
     labels = tuple(Label(value=i, name=f"label {i}") for i in range(1, 15))
     colours = ome_group(root, labels=labels, dtype=np.uint8)["image-label"]["colors"]
     assert [colour["label-value"] for colour in colours] == list(range(1, 15))
-    assert len({tuple(colour["rgba"]) for colour in colours[:6]}) == 6
+    assert len({tuple(colour["rgba"]) for colour in colours[:7]}) == 7
+    assert [tuple(colour["rgba"]) for colour in colours] == [(*rgb(i), 255) for i in range(14)]
 
 
 def test_the_field_s_own_models_accept_the_label_image(root):

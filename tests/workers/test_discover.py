@@ -583,6 +583,22 @@ def test_channels_along_the_fourth_axis_of_the_decathlons_files(tmp_path):
     assert cases(tmp_path)["BRATS_001"] == (["BRATS_001.nii.gz"], "BRATS_001.nii.gz")
 
 
+def test_a_stack_of_channels_that_is_a_link_out_of_the_source_is_refused(tmp_path):
+    touch(tmp_path, "elsewhere/a.nii.gz", "task/imagesTr/b.nii.gz", "task/imagesTr/c.mha")
+    (tmp_path / "task/imagesTr/a.nii.gz").symlink_to(tmp_path / "elsewhere/a.nii.gz")
+    (tmp_path / "task/dataset.json").write_text(json.dumps({"modality": {"0": "T2", "1": "ADC"}}))
+    assert problems(found(tmp_path / "task")) == {"a": "scan.path-escape", "c": "cohort.missing-channel"}
+    assert cases(tmp_path / "task")["c"] == (["c.mha"], None), "volumes are numbered in NIfTI files alone"
+
+
+def test_a_numbered_volume_is_a_source(tmp_path):
+    touch(tmp_path, "a.nii.gz", "b.nii.gz[0]")
+    assert cases(tmp_path / "a.nii.gz[3]") == {"a-3": (["a.nii.gz[3]"], None)}
+    with pytest.raises(ConfigError) as caught:
+        found(tmp_path / "absent.nii.gz[0]")
+    assert caught.value.code == "source.missing"
+
+
 def test_ids_that_differ_in_upper_and_lower_case_alone_are_told_apart(tmp_path):
     touch(tmp_path, "images/Case.nii.gz", "images/case.nii.gz", "images/CASE.nii.gz")
     discovery = found(tmp_path)

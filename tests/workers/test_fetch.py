@@ -4,7 +4,6 @@ import hashlib
 import io
 import re
 import socket
-import stat
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import pytest
 
 from tests.web import Site, serving
 from vnet_core.errors import ConfigError, StorageError
-from workers import fetch as module
+from workers.archives import Limits
 from workers.datasets import CATALOGUE, Remote
 from workers.fetch import dataset, download, fetch, unpack
 
@@ -285,57 +284,26 @@ def test_an_archive_with_many_things_at_its_top_gets_a_folder_of_its_name(tmp_pa
     assert names(tmp_path) == ["training_data/Case00.mhd", "training_data/Case00.raw"]
 
 
-@pytest.mark.parametrize("name", ["../out.txt", "/tmp/out.txt", "a/../../out.txt", "a\\..\\out.txt"])
+@pytest.mark.parametrize("name", ["../out.txt", "/tmp/out.txt"])
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_no_member_lies_outside(tmp_path, name, kind):
     files = {"ok.txt": b"ok", name: b"out"}
     archive = packed(tmp_path, f"a.{kind}", zipped(files) if kind == "zip" else tar(**files))
-    with pytest.raises(StorageError, match="outside") as caught:
+    with pytest.raises(StorageError, match=rf"a\.{kind} is not unpacked: .* outside") as caught:
         unpack(archive, tmp_path)
     assert caught.value.code == "fetch.archive"
     assert names(tmp_path) == [archive.name]
     assert not (tmp_path.parent / "out.txt").exists()
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
-def test_links_and_devices_of_a_tar_are_refused(tmp_path, kind):
-    info = tarfile.TarInfo("data/link")
-    info.type, info.linkname = kind, "/etc"
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        archive.addfile(info)
-    with pytest.raises(StorageError, match="link or a device"):
-        unpack(tmp_path / "a.tar", tmp_path)
-    assert names(tmp_path) == ["a.tar"]
-
-
-def test_links_of_a_zip_are_refused(tmp_path):
-    info = zipfile.ZipInfo("link")
-    info.external_attr = (stat.S_IFLNK | 0o777) << 16
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr(info, "/etc")
-    with pytest.raises(StorageError, match="link or a device"):
-        unpack(tmp_path / "a.zip", tmp_path)
-
-
-def test_an_archive_that_grows_without_measure_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_SLACK_BYTES", 1000)
+def test_an_archive_that_grows_without_measure_is_refused(tmp_path):
     archive = packed(tmp_path, "a.zip", zipped({"zeros": bytes(1_000_000)}))
-    with pytest.raises(StorageError, match="bytes; look into it"):
-        unpack(archive, tmp_path)
-    monkeypatch.setattr(module, "MAX_FILES", 2)
-    with pytest.raises(StorageError, match="over 2 files"):
-        unpack(packed(tmp_path, "b.zip", zipped({f"{i}": b"" for i in range(3)})), tmp_path)
-
-
-def test_a_file_that_is_there_twice_is_refused(tmp_path):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for content in (b"first", b"second"):
-            info = tarfile.TarInfo("a.txt")
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    with pytest.raises(StorageError, match="twice"):
-        unpack(packed(tmp_path, "a.tar", buffer.getvalue()), tmp_path)
+    with pytest.raises(StorageError, match="1000000 bytes, at most"):
+        unpack(archive, tmp_path, Limits(slack_bytes=1000))
+    many = packed(tmp_path, "b.zip", zipped({f"{i}": b"" for i in range(3)}))
+    with pytest.raises(StorageError, match="at most 2 files"):
+        unpack(many, tmp_path, Limits(files=2))
+    assert names(tmp_path) == ["a.zip", "b.zip"]
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar"])

@@ -392,7 +392,7 @@ def write_nifti_without_quaternion(path: Path, voxels: np.ndarray, direction: np
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_cosines_of_few_digits_are_repaired_and_no_voxel_moves_by_more_than_a_thousandth_of_the_scan(tmp_path, suffix):
+def test_cosines_of_few_digits_are_repaired_and_every_voxel_stays_within_5e_4_of_the_edges(tmp_path, suffix):
     """Rounded to three digits the axes deviate by up to 1e-3, which ITK refuses in a NIfTI file without qform."""
     known, repaired = some_mask(), 0
     for number in range(40):
@@ -412,9 +412,10 @@ def test_cosines_of_few_digits_are_repaired_and_no_voxel_moves_by_more_than_a_th
         np.testing.assert_array_equal(sitk.GetArrayFromImage(found), known)
         index = np.argwhere(np.ones(SHAPE))[:, ::-1]
         declared = ORIGIN_MM + (index * SPACING_XYZ) @ direction.T
-        assert (
-            np.abs(world(found, np.ones(SHAPE)) - declared).max() <= 1e-3 * (np.array(SHAPE) * SPACING_XYZ[::-1]).sum()
-        )
+        moved_mm = np.linalg.norm(world(found, np.ones(SHAPE)) - declared, axis=1)
+        edges_mm = (np.array(SHAPE) - 1) * SPACING_XYZ[::-1]
+        assert moved_mm.max() <= 5e-4 * edges_mm.sum() + 2e-5  # and what float32 leaves of an origin of 710 mm
+        np.testing.assert_allclose(world(found, np.ones(SHAPE)).mean(axis=0), declared.mean(axis=0), atol=1e-4)
     assert repaired > 10
 
 

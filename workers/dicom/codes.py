@@ -1,4 +1,4 @@
-"""Which coded concept and colour a structure has, and which structure of a DICOM object is which label.
+"""Which coded concept a structure has, and which structure of a DICOM object is which label.
 
 The codes are SNOMED CT as DICOM PS3.16 names them in its context groups for segmented structures (CID 7151 and those it
 includes); a structure's side is a modifier beside its code, from CID 244.
@@ -21,8 +21,6 @@ TISSUE = Code("85756007", "SCT", "Tissue")
 ANATOMICAL = Code("91723000", "SCT", "Anatomical Structure")
 ABNORMAL = Code("49755003", "SCT", "Morphologically Abnormal Structure")
 SIDES = MappingProxyType({"left": Code("7771000", "SCT", "Left"), "right": Code("24028007", "SCT", "Right")})
-LABEL_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0))
-"""Okabe and Ito's colour-blind-safe colours (red, green, blue), cycled over the labels."""
 
 _STRUCTURES = {
     "adrenal gland": ("23451007", "Adrenal gland"),

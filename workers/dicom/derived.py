@@ -14,12 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.sr.coding import Code
 from pydicom.uid import UID, generate_uid
 
@@ -55,7 +56,7 @@ _SAME_PLACE_MM = 1e-3
 
 _PARSE_ERRORS = (
     AttributeError, KeyError, IndexError, TypeError, ValueError, EOFError, OSError, ArithmeticError,
-    NotImplementedError, RuntimeError, struct.error, zlib.error,
+    NotImplementedError, RuntimeError, struct.error, zlib.error, BytesLengthException,
 )  # fmt: skip
 """What pydicom raises on damaged input."""
 
@@ -93,7 +94,7 @@ def read_dataset(path: Path, sop_classes: Sequence[str], what: str) -> Dataset:
     in words, ``label.corrupt`` where it cannot be parsed."""
     with open_regular(path) as file, damaged(what):
         try:
-            dataset = pydicom.dcmread(file)
+            dataset = pydicom.dcmread(BytesIO(file.read()))
             sop_class = str(dataset.get("SOPClassUID", ""))
         except InvalidDicomError:
             raise ScanError("scan.unreadable", f"the file is no DICOM object; give a {what}") from None

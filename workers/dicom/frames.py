@@ -103,12 +103,13 @@ def _frame(
     kind: SliceKind,
     marks: Marks,
     position: tuple[float, ...],
-    rescale: tuple[float, float],
+    rescale: tuple[float | None, float | None],
     count: int,
     problem: ScanError | None,
 ) -> Frame:
     problem = problem or _geometry_problem(kind, position)
-    slope, intercept = rescale
+    slope = 1.0 if rescale[0] is None else rescale[0]
+    intercept = 0.0 if rescale[1] is None else rescale[1]
     if problem is None and not (math.isfinite(slope) and math.isfinite(intercept) and slope != 0):
         problem = ScanError(
             "scan.header", f"rescale slope {slope} and intercept {intercept} give no values; correct the header"
@@ -118,15 +119,16 @@ def _frame(
             "dicom.mosaic", "slices are tiled within one image (Siemens mosaic); convert the series to NIfTI"
         )
     return Frame(
-        found.path, index, found.text(0x00080018), kind, marks, position, slope, intercept, count, found.pixels, problem
-    )
+        found.path, index, found.text(0x00080018), kind, marks, position, slope, intercept,
+        rescale != (None, None), count, found.pixels, problem
+    )  # fmt: skip
 
 
-def _rescale(found: Elements) -> tuple[float, float]:
-    """Slope and intercept; NaN for what is there and no number."""
-    slope = found.number(0x00281053) if found.text(0x00281053) else 1.0
-    intercept = found.number(0x00281052) if found.text(0x00281052) else 0.0
-    return math.nan if slope is None else slope, math.nan if intercept is None else intercept
+def _rescale(found: Elements) -> tuple[float | None, float | None]:
+    """Slope and intercept; None for what is not there, NaN for what is there and no number."""
+    tags = (0x00281053, 0x00281052)
+    slope, intercept = (_or(found.number(tag), math.nan) if found.text(tag) else None for tag in tags)
+    return slope, intercept
 
 
 _KIND_TAGS = tuple(
@@ -382,6 +384,6 @@ def _functional_frame(found: Elements, index: int, groups: _Groups, kind: SliceK
     slope = groups.number("PixelValueTransformationSequence", "RescaleSlope")
     intercept = groups.number("PixelValueTransformationSequence", "RescaleIntercept")
     before = _rescale(found)
-    rescale = (before[0] if slope is None else slope, before[1] if intercept is None else intercept)
+    rescale = (_or(slope, before[0]), _or(intercept, before[1]))
     position = groups.numbers("PlanePositionSequence", "ImagePositionPatient")
     return _frame(found, index, _shared(own_kind), _shared(own_marks), position, rescale, count, None)

@@ -20,11 +20,12 @@ from pydicom.pixels import iter_pixels
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
+from vnet_core.colours import rgb
 from vnet_core.errors import ScanError
 from vnet_core.geometry import Geometry, voxel_index
 from vnet_core.plan import Label
 from vnet_core.volume import Scan
-from workers.dicom.codes import ANATOMICAL, LABEL_COLOURS, SIDES, TISSUE, Concept, Structure, concept_of, values_of
+from workers.dicom.codes import ANATOMICAL, SIDES, TISSUE, Concept, Structure, concept_of, values_of
 from workers.dicom.derived import (
     CHARACTERS,
     MAKER,
@@ -312,7 +313,7 @@ def _description(number: int, label: Label, algorithm: Algorithm) -> SegmentDesc
             family=codes.cid7162.ArtificialIntelligence,
             version=short_text(algorithm.version),
         ),
-        display_color=CIELabColor.from_rgb(*LABEL_COLOURS[(number - 1) % len(LABEL_COLOURS)]),
+        display_color=CIELabColor.from_rgb(*rgb(number - 1)),
     )
     if concept.side:
         modifier = hd.sr.CodedConcept.from_code(SIDES[concept.side])

@@ -83,6 +83,8 @@ class Frame:
     """World (x, y, z) of the centre of the first pixel; () where there is none."""
     slope: float
     intercept: float
+    rescaled: bool
+    """Whether the header gives slope or intercept; else they are 1 and 0."""
     frames: int
     """In its file."""
     pixels: PixelBlock | None

@@ -245,6 +245,13 @@ def _one_plane(frames: list[Frame]) -> list[Stack]:
     if np.abs(pixels / pixels[0] - 1).max() > ORTHONORMAL_TOLERANCE:
         found = ScanError("dicom.mixed-spacing", "the pixel spacing differs between slices; split the series")
         return [Stack(tuple(frames), problem=found)]
+    if 0 < (bare := sum(not f.rescaled for f in frames)) < len(frames):
+        found = ScanError(
+            "scan.header",
+            f"{bare} of {len(frames)} slices lack the rescale slope and intercept that the others have; export the"
+            " series again",
+        )
+        return [Stack(tuple(frames), problem=found)]
     stacks = [_even(part, group) for part, group in _split(frames)]
     if any(s.problem and s.problem.code == "dicom.duplicate-slices" for s in stacks):
         folders = _grouped(frames, lambda f: str(f.path.parent))

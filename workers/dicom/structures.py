@@ -18,12 +18,13 @@ from pydicom.sr.coding import Code
 from pydicom.tag import Tag
 from pydicom.uid import ImplicitVRLittleEndian
 
+from vnet_core.colours import rgb
 from vnet_core.contours import even_odd, filled, outlines
 from vnet_core.errors import ScanError
 from vnet_core.geometry import Geometry, voxel_index, world_mm
 from vnet_core.plan import Label
 from vnet_core.volume import Scan
-from workers.dicom.codes import LABEL_COLOURS, Structure, concept_of, values_of
+from workers.dicom.codes import Structure, concept_of, values_of
 from workers.dicom.derived import (
     CHARACTERS,
     MAKER,
@@ -237,7 +238,7 @@ def write_structures(
             structure.ROIGenerationAlgorithm = "AUTOMATIC"
             dataset.StructureSetROISequence.append(structure)
             drawn = Dataset()
-            drawn.ROIDisplayColor = list(LABEL_COLOURS[(number - 1) % len(LABEL_COLOURS)])
+            drawn.ROIDisplayColor = list(rgb(number - 1))
             drawn.ReferencedROINumber = number
             drawn.ContourSequence = list(_written_contours(values == label.value, geometry, images))
             if not drawn.ContourSequence:

@@ -24,12 +24,13 @@ from workers.dicom.pixels import read_values
 from workers.dicom.slices import Frame
 from workers.dicom.stacks import SLICE_OFF_AXIS, Stack, stacks_of, unit_axes
 from workers.dicom.tree import Series
-from workers.formats.headers import MAX_VOXELS, grid_of_file
+from workers.formats.headers import MAX_VOXELS, Settled, declared_grid, settled
 
 
 def series_geometry(series: Series, reading: ReadingPlan) -> Geometry:
     """The grid that :func:`read_series` gives, from headers alone; every check that needs no voxel is made."""
-    geometry, shift_mm = _grid(_stack(series).frames, reading)
+    place, shift_mm = _grid(_stack(series).frames, reading)
+    geometry = place.geometry
     return geometry if shift_mm is None else _straight_grid(geometry, shift_mm)
 
 
@@ -37,12 +38,14 @@ def read_series(series: Series, reading: ReadingPlan) -> Scan:
     """One channel (1, Z, Y, X), rescaled slice by slice: the smallest integer type that holds the values, or float64
     where slope or intercept is no whole number; float32 where a tilted gantry was undone.
 
-    Warnings: ``dicom.copies``, ``dicom.localiser``, ``dicom.tilt-corrected``, ``dicom.burnt-in``. ``ScanError``:
-    ``series.problem``, ``dicom.gantry-tilt``, ``dicom.corrupt-slice``, ``geometry.*``.
+    Warnings: ``dicom.copies``, ``dicom.localiser``, ``geometry.repaired``, ``dicom.tilt-corrected``,
+    ``dicom.burnt-in``. ``ScanError``: ``series.problem``, ``dicom.gantry-tilt``, ``dicom.corrupt-slice``,
+    ``geometry.*``.
     """
     stack = _stack(series)
-    geometry, shift_mm = _grid(stack.frames, reading)
-    warnings = [*series.warnings, *(w for w in stack.warnings if w not in series.warnings)]
+    place, shift_mm = _grid(stack.frames, reading)
+    geometry = place.geometry
+    warnings = [*series.warnings, *(w for w in stack.warnings if w not in series.warnings), *place.warnings]
     voxels = read_values(stack.frames)
     if shift_mm is None:
         volume = Volume(voxels[None], geometry)
@@ -95,7 +98,7 @@ def _stack(series: Series) -> Stack:
     return own[0]
 
 
-def _grid(frames: Sequence[Frame], reading: ReadingPlan) -> tuple[Geometry, np.ndarray | None]:
+def _grid(frames: Sequence[Frame], reading: ReadingPlan) -> tuple[Settled, np.ndarray | None]:
     """The grid with the normal of the slices as its axis z, and the shift (y, x) per slice in mm of a tilted gantry."""
     axes = unit_axes(frames[0])
     pixel_mm = frames[0].kind.pixel_mm
@@ -104,15 +107,15 @@ def _grid(frames: Sequence[Frame], reading: ReadingPlan) -> tuple[Geometry, np.n
     step_mm = float(along[-1]) / (len(frames) - 1)
     spacing = np.array([pixel_mm[1], pixel_mm[0], step_mm])
     shape = (len(frames), *frames[0].kind.shape)
-    geometry = grid_of_file(shape, np.array(frames[0].position_mm), spacing, axes.T)
+    place = settled(declared_grid(shape, np.array(frames[0].position_mm), spacing, axes.T), "refuse")
     sideways = offsets @ axes[:2].T
     largest_mm = float(np.linalg.norm(sideways, axis=1).max())
     if largest_mm <= SLICE_OFF_AXIS * min(pixel_mm):
-        return geometry, None
+        return place, None
     shift_mm = sideways[-1] / (len(frames) - 1)
     uneven_mm = float(np.linalg.norm(sideways - np.outer(np.arange(len(frames)), shift_mm), axis=1).max())
     if reading.gantry_tilt == "correct" and uneven_mm <= SLICE_OFF_AXIS * min(pixel_mm):
-        return geometry, shift_mm[::-1]
+        return place, shift_mm[::-1]
     degrees = np.degrees(np.arctan2(largest_mm, along[-1]))
     raise ScanError(
         "dicom.gantry-tilt",

@@ -54,15 +54,26 @@ class Layout:
     intercept: float = 0.0
     warnings: tuple[str, ...] = ()
     """Codes of what the header leaves to be noted."""
+    volumes: int = 1
+    """Volumes of the grid's shape, one behind the other."""
+    volume: int = 0
+    """Which of them is read, from 0."""
+
+    @property
+    def volume_bytes(self) -> int:
+        """Bytes of one volume as stored."""
+        return math.prod(self.grid.shape) * self.dtype.itemsize
 
     @property
     def voxel_bytes(self) -> int:
-        """Bytes of all voxels as stored."""
-        return math.prod(self.grid.shape) * self.dtype.itemsize
+        """Bytes of all voxels of all volumes as stored."""
+        return self.volumes * self.volume_bytes
 
 
 def read_block(layout: Layout) -> tuple[np.ndarray, tuple[str, ...]]:
     """Voxels (Z, Y, X) in native byte order, rescaled, and warnings: ``scan.trailing-bytes``.
+
+    Of several volumes one is held in memory; all are accounted for.
 
     ``ScanError``: ``scan.truncated``, ``scan.checksum``, ``scan.bomb``, ``scan.header`` (more bytes than declared).
     """
@@ -72,8 +83,10 @@ def read_block(layout: Layout) -> tuple[np.ndarray, tuple[str, ...]]:
         file.seek(max(begin, 0))
         if layout.packing == "raw":
             _surplus(layout.voxel_bytes, size - begin if begin >= 0 else size)
+            file.seek(begin + layout.volume * layout.volume_bytes)
             stored = np.fromfile(file, layout.dtype, math.prod(layout.grid.shape))
-            surplus = _surplus(layout.voxel_bytes, stored.nbytes)
+            surplus = _surplus(layout.volume_bytes, stored.nbytes)
+            file.seek(begin + layout.voxel_bytes)
         else:
             packed = size - begin
             if layout.packing == "deflate" and packed * _DEFLATE_LIMIT < layout.voxel_bytes:
@@ -198,13 +211,14 @@ def _bunzipped(file: BinaryIO, most: int) -> Iterator[bytes]:
 
 
 def _inflated(file: BinaryIO, layout: Layout) -> tuple[np.ndarray, int]:
-    """All voxels as bytes, and how many bytes more the stream holds."""
-    block = np.empty(layout.voxel_bytes, np.uint8)
+    """The voxels of the volume as bytes, and how many bytes more than all volumes the stream holds."""
+    block = np.empty(layout.volume_bytes, np.uint8)
     room = block.data
     seen = -layout.skip  # negative in what comes before the voxels
     for piece in inflated_pieces(file, layout.packing, None):
-        part = memoryview(piece)[max(0, -seen) :]
-        at = min(max(0, seen), len(room))
+        place = seen - layout.volume * layout.volume_bytes
+        part = memoryview(piece)[max(0, -place) :]
+        at = min(max(0, place), len(room))
         fits = min(len(part), len(room) - at)
         room[at : at + fits] = part[:fits]
         seen += len(piece)

@@ -75,7 +75,7 @@ def settled(grid: FileGrid, sheared_axes: Literal["refuse", "resample"]) -> Sett
     """The rule for axes that do not stand at right angles, by the deviation of ``direction.T @ direction`` from 1.
 
     Up to ``KEPT_TOLERANCE`` they are kept as stored. Up to ``ORTHONORMAL_TOLERANCE`` they are repaired: turned into the
-    nearest orthonormal axes, around the first voxel, with the warning ``geometry.repaired``. Beyond it they are
+    nearest orthonormal axes, about the centre of the grid, with the warning ``geometry.repaired``. Beyond it they are
     refused or, by ``sheared_axes``, resampled (:mod:`vnet_core.straighten`) with the warning ``geometry.straightened``.
 
     ``ScanError``: ``geometry.spacing``, ``geometry.not-orthonormal`` (sheared, or too far to be resampled),
@@ -93,7 +93,10 @@ def settled(grid: FileGrid, sheared_axes: Literal["refuse", "resample"]) -> Sett
     if not KEPT_TOLERANCE < grid.skew <= ORTHONORMAL_TOLERANCE:  # what is sheared is refused by the constructor
         return Settled(Geometry(grid.shape, (z, y, x), origin, matrix_of(grid.direction)), False, ())
     left, _, right = np.linalg.svd(grid.direction)
-    return Settled(Geometry(grid.shape, (z, y, x), origin, matrix_of(left @ right)), False, ("geometry.repaired",))
+    upright = left @ right
+    half_mm = (np.array(grid.shape) - 1) / 2 * grid.spacing_mm
+    origin = matrix_of([grid.origin_mm + (grid.direction - upright) @ half_mm] * 3)[0]
+    return Settled(Geometry(grid.shape, (z, y, x), origin, matrix_of(upright)), False, ("geometry.repaired",))
 
 
 def declared_grid(shape: Shape, origin_mm: np.ndarray, spacing_xyz: np.ndarray, direction_xyz: np.ndarray) -> FileGrid:
@@ -108,11 +111,6 @@ def declared_grid(shape: Shape, origin_mm: np.ndarray, spacing_xyz: np.ndarray, 
     return FileGrid(
         shape, np.asarray(origin_mm, float), np.asarray(spacing_xyz, float)[::-1], np.asarray(direction_xyz)[:, ::-1]
     )
-
-
-def grid_of_file(shape: Shape, origin_mm: np.ndarray, spacing_xyz: np.ndarray, direction_xyz: np.ndarray) -> Geometry:
-    """The settled geometry of :func:`declared_grid`, sheared axes refused."""
-    return settled(declared_grid(shape, origin_mm, spacing_xyz, direction_xyz), "refuse").geometry
 
 
 def file_axes(geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:

@@ -23,6 +23,7 @@ import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
 
 from vnet_core.errors import ScanError
+from vnet_core.geometry import Shape
 from workers.formats.blocks import Layout, inflated_pieces, open_regular
 from workers.formats.headers import (
     KEPT_TOLERANCE,
@@ -90,9 +91,10 @@ def is_nifti(path: Path) -> bool:
     return path.name.lower().endswith(NIFTI_SUFFIXES)
 
 
-def nifti_layout(path: Path, transform: Transform) -> Layout:
+def nifti_layout(path: Path, transform: Transform, volume: int | None = None) -> Layout:
     """Layout of ``.nii`` or ``.nii.gz``; ``transform`` as :attr:`vnet_core.sections.ReadingPlan.nifti_transform`.
 
+    ``volume`` counts along the fourth axis, from 0. A file with several volumes is refused where none is named.
     Where only one of sform and qform is set, that one counts under every ``transform``. A slope of 0 means that values
     are not scaled; NaN is taken for the same, with the warning ``scan.unscaled``. ``geometry.transforms-differ`` warns
     of a header in which ``transform`` chose between two places.
@@ -106,7 +108,7 @@ def nifti_layout(path: Path, transform: Transform) -> Layout:
     ndim = int(header["dim"][0])
     if not 1 <= ndim <= 7:
         raise ScanError("scan.header", f"dim[0] is {ndim}, must be 1 to 7; the header is damaged")
-    shape = grid_shape(tuple(int(n) for n in header["dim"][1 : ndim + 1]))
+    shape, volumes = _volumes(tuple(int(n) for n in header["dim"][1 : ndim + 1]), volume)
     code, bits, offset = int(header["datatype"]), int(header["bitpix"]), float(header["offset"])
     dtype = voxel_dtype(_TYPES.get(code), f"NIfTI datatype {code}", header.order)
     if bits != 8 * dtype.itemsize:
@@ -123,7 +125,7 @@ def nifti_layout(path: Path, transform: Transform) -> Layout:
     grid, doubts = _placed(header, shape, transform)
     begin, skip = (0, int(offset)) if wrapped else (int(offset), 0)
     packing: Literal["raw", "deflate"] = "deflate" if wrapped else "raw"
-    return Layout(grid, dtype, path, begin, packing, skip, slope, intercept, (*warnings, *doubts))
+    return Layout(grid, dtype, path, begin, packing, skip, slope, intercept, (*warnings, *doubts), volumes, volume or 0)
 
 
 def second_opinion(path: Path, grid: FileGrid, transform: Transform) -> tuple[str, ...]:
@@ -143,8 +145,10 @@ def second_opinion(path: Path, grid: FileGrid, transform: Transform) -> tuple[st
             if grid.skew > KEPT_TOLERANCE:  # which it refuses, and which is settled by our rule
                 return ()
             return _differing("SimpleITK refuses sform and qform, which contradict each other", transform)
-    spacing, direction = np.array(reader.GetSpacing()), np.array(reader.GetDirection()).reshape(3, 3)
-    theirs = declared_grid(grid.shape, np.array(reader.GetOrigin()), spacing, direction)
+    axes = reader.GetDimension()
+    direction = np.array(reader.GetDirection()).reshape(axes, axes)[:3, :3]
+    origin, spacing = np.array(reader.GetOrigin())[:3], np.array(reader.GetSpacing())[:3]
+    theirs = declared_grid(grid.shape, origin, spacing, direction)
     return _compared(grid, theirs, transform, "two readers place the scan")
 
 
@@ -173,11 +177,38 @@ def _opened(path: Path, wrapped: bool) -> tuple[_Header, bytes]:
     return header, start
 
 
+def _volumes(sizes_xyz: tuple[int, ...], volume: int | None) -> tuple[Shape, int]:
+    """Voxels of one volume along (z, y, x), and how many volumes follow one another along the fourth axis."""
+    several = len(sizes_xyz) > 3 and sizes_xyz[3] > 1 and min(sizes_xyz) > 0 and max(sizes_xyz[4:], default=1) == 1
+    count = sizes_xyz[3] if several else 1
+    if several and volume is None:
+        raise ScanError(
+            "scan.not-3d",
+            f"the image has 4 axes {sizes_xyz[:4]}, exactly 3 are read; name one of its {count} volumes, FILE[0] to"
+            f" FILE[{count - 1}], or split it",
+        )
+    shape = grid_shape(sizes_xyz[:3] if several else sizes_xyz)
+    grid_shape((math.prod(sizes_xyz), 1, 1))  # the limit holds for all volumes together
+    if volume is not None and volume >= count:
+        raise ScanError(
+            "scan.not-3d",
+            f"volume [{volume}] is named, but the last of the image's {count} volumes is [{count - 1}]; correct the"
+            " number, or the channels in dataset.json",
+        )
+    return shape, count
+
+
 def _check_extensions(start: bytes, header: _Header, offset: int) -> None:
     """Refuse header extensions that do not end before the voxels; their contents are never looked at."""
     at = header.size + 4
     if start[header.size : at][:1] in (b"", b"\0"):  # the flag of the standard: none
         return
+    if at + 8 > offset:
+        raise ScanError(
+            "scan.header",
+            f"the header announces extensions at byte {at}, the voxels are said to begin at {offset}, before the first"
+            " could end; the header is damaged",
+        )
     while at + 8 <= min(offset, len(start)):
         (length,) = struct.unpack_from(header.order + "i", start, at)
         if length == 0:  # padding

@@ -9,6 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from highdicom.color import CIELabColor
 from pydicom.sr._concepts_dict import concepts
 
 from tests.workers.dicom.series_maker import (
@@ -23,6 +24,7 @@ from tests.workers.dicom.series_maker import (
     write,
     write_series,
 )
+from vnet_core.colours import rgb
 from vnet_core.errors import ScanError
 from vnet_core.geometry import Geometry, cropped, matrix_of
 from vnet_core.plan import Label
@@ -208,6 +210,8 @@ def test_what_a_segmentation_says(series):
     liver, kidney, lesion = data.SegmentSequence
     assert [s.SegmentLabel for s in data.SegmentSequence] == ["liver", "left kidney", "Läsion"]
     assert {s.SegmentAlgorithmType for s in data.SegmentSequence} == {"AUTOMATIC"}
+    shown = [CIELabColor.from_dicom_value(s.RecommendedDisplayCIELabValue).to_rgb() for s in data.SegmentSequence]
+    assert shown == [rgb(0), rgb(1), rgb(2)]
     assert liver.SegmentAlgorithmName == "organs@3"
     assert liver.SegmentedPropertyTypeCodeSequence[0].CodeValue == "10200004"
     kidney_type = kidney.SegmentedPropertyTypeCodeSequence[0]
@@ -370,6 +374,15 @@ def test_labelled_pixels_outside_of_the_image_are_refused_and_empty_ones_are_not
 )
 def test_damaged_segmentations_are_refused_by_name(series, change, code):
     assert refused(changed(written(series), change), read_geometry(series)) == code
+
+
+def test_an_element_with_a_length_that_its_type_cannot_have_is_damage(series):
+    path = written(series)
+    raw = path.read_bytes()
+    rows = b"\x28\0\x10\0US\x02\0"
+    assert raw.count(rows) == 1
+    path.write_bytes(raw.replace(rows, rows[:-2] + b"\x03\0\0"))
+    assert refused(path, read_geometry(series)) == "label.corrupt"
 
 
 def test_other_files_are_refused(series):

@@ -20,6 +20,7 @@ from tests.workers.dicom.series_maker import (
     write,
     write_series,
 )
+from vnet_core.colours import rgb
 from vnet_core.errors import ScanError
 from vnet_core.geometry import Geometry, matrix_of, world_mm
 from vnet_core.plan import Label
@@ -249,6 +250,7 @@ def test_what_a_structure_set_says(tmp_path, path):
     assert b"canary" not in path.read_bytes()
     data = pydicom.dcmread(path)
     assert [s.ROIName for s in data.StructureSetROISequence] == ["liver", "tumour"]
+    assert [tuple(c.ROIDisplayColor) for c in data.ROIContourSequence] == [rgb(0), rgb(1)]
     assert "ContourSequence" not in data.ROIContourSequence[1]
     (contour,) = data.ROIContourSequence[0].ContourSequence
     assert contour.NumberOfContourPoints == 4

@@ -265,6 +265,22 @@ def test_thin_slices_have_no_absolute_tolerance_to_hide_in(tmp_path):
         assert refused(tmp_path) == code
 
 
+@pytest.mark.parametrize(("skew", "warnings"), [(0.0, ()), (9e-5, ()), (5e-4, ("geometry.repaired",))])
+def test_axes_that_miss_a_right_angle_by_rounding_are_repaired_and_it_is_told(tmp_path, skew, warnings):
+    row = np.array([1, skew, 0]) / np.hypot(1, skew)
+    write_series(tmp_path, change=attributes(ImageOrientationPatient=[*row.tolist(), 0, 1, 0]))
+    scan = read(tmp_path)
+    assert scan.warnings == warnings
+    direction = np.array(scan.volume.geometry.direction)
+    assert np.abs(direction.T @ direction - np.eye(3)).max() <= (1e-12 if warnings else skew + 1e-12)
+    # 6 x 4 x 5 voxels of 2.5 x 0.75 x 0.5 mm: the middle stays, both axes turn by half about it
+    middle = np.array(ORIGIN_MM) + 2 * 0.5 * row + [0, 1.5 * 0.75, 2.5 * STEP_MM]
+    np.testing.assert_allclose(world_mm(scan.volume.geometry, np.array([2.5, 1.5, 2])), middle, atol=1e-6)
+    corner = np.array(ORIGIN_MM) - world_mm(scan.volume.geometry, np.zeros(3))
+    expected = [1.5 * 0.75 * skew / 2, 2 * 0.5 * skew / 2, 0] if warnings else [0, 0, 0]
+    np.testing.assert_allclose(np.abs(corner), expected, atol=1e-6)
+
+
 # --- gantry tilt
 
 

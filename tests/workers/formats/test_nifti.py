@@ -299,11 +299,11 @@ def test_slightly_skewed_axes_that_itk_refuses_are_repaired(tmp_path, capfd):
     direction = np.array(scan.volume.geometry.direction)
     np.testing.assert_allclose(direction.T @ direction, np.eye(3), atol=1e-12)
     np.testing.assert_array_equal(scan.volume.voxels[0], numbered())
-    # a shear of 0.0005 is halved between two axes: each turns by 0.00025 about the first voxel
-    first, last = (world_mm(scan.volume.geometry, np.array(i)) for i in ((0, 0, 0), (0, 3, 0)))
-    np.testing.assert_allclose(first, (LPS_FROM_RAS @ where)[:3, 3], atol=1e-6)
-    moved = np.linalg.norm(last - (LPS_FROM_RAS @ where @ [0, 3, 0, 1])[:3])
-    assert moved == pytest.approx(0.00025 * 3 * 0.75, rel=0.01)
+    # a shear of 0.0005 is halved between two axes: each turns by 0.00025 about the centre of 3 x 4 x 5 voxels
+    for y, moved_mm in ((1.5, 0), (0, 0.00025 * 1.5 * 0.75), (3, 0.00025 * 1.5 * 0.75)):
+        ours = world_mm(scan.volume.geometry, np.array([1, y, 2]))
+        moved = np.linalg.norm(ours - (LPS_FROM_RAS @ where @ [2, y, 1, 1])[:3])
+        assert moved == pytest.approx(moved_mm, rel=0.01, abs=2e-6)
     capfd.readouterr()
 
 
