@@ -72,7 +72,10 @@ _REFUSED: dict[str, tuple[str, str]] = {
         "If that is meant, store the scan uncompressed.",
     ),
     "scan.empty": ("An axis has no voxel.", "Convert the scan again from its source."),
-    "scan.not-3d": ("The image does not have three axes.", "Split it into volumes, or extract one."),
+    "scan.not-3d": (
+        "The image does not have three axes, or not the volume that is named.",
+        "Name one volume as FILE[k], or split it.",
+    ),
     "scan.shape": ("Voxels and grid have different shapes.", "Convert the scan again from its source."),
     "scan.dtype": (
         "A voxel is not one plain number: colour, vector, complex, or a type that is not read.",

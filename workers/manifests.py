@@ -16,6 +16,7 @@ import pyarrow.parquet
 
 from vnet_core.errors import ConfigError, ScanError
 from workers.found import Discovery, Found, Rules, is_zarr
+from workers.scans import numbered_volume
 from workers.studies import study_of_folder
 
 SUFFIXES = (".csv", ".parquet")
@@ -89,9 +90,10 @@ def _text(row: Mapping[str, Any], column: str) -> str:
 
 
 def _exists(manifest: Path, source: str) -> bool:
-    """Whether a file, a folder, or the folder of ``FOLDER#SeriesUID`` is there."""
+    """Whether a file, the file of ``FILE[k]``, a folder, or the folder of ``FOLDER#SeriesUID`` is there."""
     try:
-        path = Path(_beside(manifest, source))
+        beside = _beside(manifest, source)
+        path, _ = numbered_volume(beside) or (Path(beside), 0)
         folder, mark, _ = str(path).rpartition("#")
         return path.exists() or (bool(mark) and Path(folder).is_dir())
     except (OSError, ValueError):  # a name that no file can have

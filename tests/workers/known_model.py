@@ -5,6 +5,8 @@ V-Net of the family: its convolutions are zero, so that every stage passes on wh
 image that came through the skip.
 """
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import nn
@@ -39,7 +41,11 @@ def known_plan(spacing_mm: tuple[float, float, float], crop: bool = True, **infe
 
 def known_network(plan: Plan) -> VNet:
     """Logits of an image x: sharpness * (0, x + 1/2, 2 x), so the labels begin at grey values of 250 and 750."""
-    network = build_vnet(plan.network, len(plan.channels), plan.outputs)
+    return _known(plan.network)
+
+
+def _known(plan: NetworkPlan) -> VNet:
+    network = build_vnet(plan, 1, 1 + len(LABELS))
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.zero_()
@@ -49,6 +55,12 @@ def known_network(plan: Plan) -> VNet:
         network.head.convolution.weight[:, -1, 0, 0, 0] = SHARPNESS * torch.tensor([0.0, 1.0, 2.0])
         network.head.convolution.bias[:] = SHARPNESS * torch.tensor([0.0, 0.5, 0.0])
     return network
+
+
+@cache
+def _prepared(plan: NetworkPlan) -> VNet:
+    """Made once, since hundreds of scans are segmented by the same one."""
+    return prepare(_known(plan), torch.device("cpu"), torch.float32)
 
 
 def scan_of(mask: np.ndarray, seed: int = 0, noise: int = 200) -> np.ndarray:
@@ -62,8 +74,7 @@ def scan_of(mask: np.ndarray, seed: int = 0, noise: int = 200) -> np.ndarray:
 def segmented(scan: Volume, plan: Plan) -> np.ndarray:
     """Label values (Z, Y, X), uint8, on the scan's own grid, by the program's own way there and back."""
     prepared = preprocessed(scan, None, plan.preprocess)
-    network = prepare(known_network(plan), torch.device("cpu"), torch.float32)
-    logits = predict_logits(network, torch.from_numpy(prepared.image), plan)
+    logits = predict_logits(_prepared(plan.network), torch.from_numpy(prepared.image), plan)
     classes = restore(logits, prepared.geometry, scan.geometry, decision(plan))
     return np.array([0, 2, 7], np.uint8)[classes]
 

@@ -11,6 +11,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -132,23 +133,21 @@ def test_relative_and_odd_names(tmp_path, monkeypatch):
 
 
 def test_one_child_per_thread_which_ends_with_it(scan_file):
-    found: list[int | None] = []
+    found: list[set[int]] = []
+    before = children()
 
     def read() -> None:
-        reader = Reader()
-        reader.scan(scan_file)
-        found.append(reader.pid)
-        reader.scan(scan_file)
-        found.append(reader.pid)
-        read_scan_apart(scan_file)
+        for _ in range(2):
+            read_scan_apart(scan_file)
+            found.append(children() - before)
 
-    before = children()
     thread = threading.Thread(target=read)
     thread.start()
     thread.join()
-    assert found[0] == found[1] is not None
+    assert found[0] == found[1]
+    assert len(found[0]) == 1
     until(lambda: children() <= before)
-    assert is_gone(found[0] or 0)
+    assert is_gone(found[0].pop())
 
 
 def children() -> set[int]:
@@ -270,28 +269,47 @@ import sys
 from workers.reading import Reader
 reader = Reader()
 reader.scan(sys.argv[1])
-print(reader.pid, flush=True)
+print(reader.pid, [m for m in ('torch', 'ray', 'dask', 'prefect', 'matplotlib') if m in sys.modules], flush=True)
 sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("ending", ["exits", "killed", "killed while the child hangs"])
-def test_the_child_ends_with_its_parent(scan_file, ending):
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(scan_file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert parent.stdin is not None
-    assert parent.stdout is not None
-    pid = int(parent.stdout.readline())
+def test_the_child_ends_with_a_parent_that_exits_prints_nothing_and_brings_in_little(scan_file):
+    program = [sys.executable, "-c", PARENT, str(scan_file)]
+    with subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        pid, _, modules = parent.stdout.readline().partition(" ")
+        assert modules == "[]\n"
+        assert not is_gone(int(pid))
+        assert parent.communicate(timeout=DEADLINE_S) == ("", "")
+        assert parent.returncode == 0
+    until(lambda: is_gone(int(pid)))
+
+
+def read_and_wait(source: Path, told: Connection) -> None:
+    reader = Reader()
+    reader.scan(source)
+    told.send(reader.pid)
+    signal.pause()
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_the_child_ends_with_a_parent_that_is_killed(scan_file, hangs):
+    """The parent is a fork of this process, which need not be started."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    parent = multiprocessing.get_context("fork").Process(target=read_and_wait, args=(scan_file, theirs))
+    parent.start()
+    assert ours.poll(DEADLINE_S)
+    pid = ours.recv()
     assert not is_gone(pid)
-    if ending == "killed while the child hangs":
+    if hangs:
         os.kill(pid, signal.SIGSTOP)
-    if ending != "exits":
-        parent.kill()
-    parent.stdin.close()
-    assert parent.wait(DEADLINE_S) == (0 if ending == "exits" else -signal.SIGKILL)
+    parent.kill()
+    parent.join(DEADLINE_S)
+    assert parent.exitcode == -signal.SIGKILL
     until(lambda: is_gone(pid))
-    parent.stdout.close()
 
 
 def test_a_child_that_cannot_start_is_no_fault_of_the_scan(scan_file, monkeypatch):
@@ -302,13 +320,3 @@ def test_a_child_that_cannot_start_is_no_fault_of_the_scan(scan_file, monkeypatc
             reader.scan(scan_file)
     np.testing.assert_array_equal(reader.scan(scan_file).volume.voxels[0], numbered())
     reader.close()
-
-
-def test_the_child_prints_nothing_and_brings_in_little(scan_file):
-    program = (
-        "import sys, workers.reading\n"
-        f"workers.reading.read_scan_apart({str(scan_file)!r})\n"
-        "print([m for m in ('torch', 'ray', 'dask', 'prefect', 'matplotlib') if m in sys.modules])"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert (result.stdout, result.stderr) == ("[]\n", "")
