@@ -160,6 +160,10 @@ _REFUSED: dict[str, tuple[str, str]] = {
         "Narrow the rule, or say with prefer which of them is taken.",
     ),
     # --- cohorts
+    "cohort.series-twice": (
+        "One DICOM series lies in two folders, perhaps in two encodings.",
+        "Remove one, or give both ids in a manifest.",
+    ),
     "cohort.duplicate-id": ("Two cases have one name.", "Rename one of them, or give ids in a manifest."),
     "cohort.duplicate-case": (
         "The same bytes are in the cohort under two names; the first by id is kept, since a second would count twice.",

@@ -96,7 +96,7 @@ def checked(cases: Iterable[Found]) -> list[Found]:
         seen[case_id] = seen.get(case_id, 0) + 1
         if (count := seen[case_id]) > 1:
             case_id = next(i for n in itertools.count(2) if (i := f"{case_id[:90]}.{n}").casefold() not in taken)
-            problem = problem or ScanError("cohort.duplicate-id", f"{count} cases have the id {case.id}; rename one")
+            problem = problem or _twice(case, count)
         elif problem is None and len(case.channels) < expected:
             problem = ScanError(
                 "cohort.missing-channel",
@@ -105,6 +105,16 @@ def checked(cases: Iterable[Found]) -> list[Found]:
         taken.add(case_id.casefold())
         result.append(replace(case, id=case_id, problem=problem, warnings=warnings))
     return sorted(result, key=lambda case: case.id)
+
+
+def _twice(case: Found, count: int) -> ScanError:
+    """The refusal of a case whose id was there before: a DICOM volume has that of its series, a file its name's."""
+    if any("#" in channel for channel in case.channels):
+        return ScanError(
+            "cohort.series-twice",
+            f"the same DICOM series lies in {count} folders (case {case.id}); remove one, or name both in a manifest",
+        )
+    return ScanError("cohort.duplicate-id", f"{count} cases have the id {case.id}; rename one")
 
 
 def _folder(folder: Path, rules: Rules, result: Discovery) -> None:

@@ -285,6 +285,16 @@ def test_the_second_case_of_one_id_is_refused_and_not_lost(tmp_path):
     assert "2 cases have the id a" in str(discovery.cases[1].problem)
 
 
+def test_one_series_in_two_sources_is_told_as_such(tmp_path):
+    write_series(tmp_path / "one")
+    write_series(tmp_path / "two")
+    sources = [str(tmp_path / name) for name in ("one", "two")]
+    discovery = discover(sources, ids=Pseudonyms("names", tmp_path / "secret"))
+    (second,) = problems(discovery)
+    assert problems(discovery) == {second: "cohort.series-twice"}
+    assert second.endswith(".2")
+
+
 def test_ids_are_distinct_whatever_the_cases_are_called(tmp_path):
     touch(tmp_path, "one/a.nii.gz", "two/a.nii.gz", "one/a.2.nii.gz", "two/a.2.nii.gz")
     ids = [case.id for case in found(tmp_path / "one", tmp_path / "two").cases]

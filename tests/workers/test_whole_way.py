@@ -188,7 +188,7 @@ def drawn_mask(kind: str, shape: tuple[int, int, int], seed: int) -> np.ndarray:
 
 
 @settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

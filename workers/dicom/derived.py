@@ -26,7 +26,7 @@ from pydicom.uid import UID, generate_uid
 
 from vnet_core.errors import ScanError
 from vnet_core.geometry import Geometry
-from vnet_core.plan import digest_of_bytes
+from vnet_core.plan import Label, digest_of_bytes
 from vnet_core.volume import Scan, Volume
 from workers.formats.blocks import open_regular
 
@@ -204,9 +204,13 @@ def study_date(header: Dataset) -> str:
     return str(header.StudyDate or "") or _NO_DATE
 
 
-def content_digest(values: np.ndarray, geometry: Geometry, parts: Sequence[str]) -> str:
-    """Digest of everything that decides a derived object's content."""
-    texts = [repr(geometry), str(values.dtype), version(MAKER), *parts]
+def content_digest(
+    values: np.ndarray, geometry: Geometry, labels: Sequence[Label], algorithm: Algorithm, sources: Sequence[Dataset]
+) -> str:
+    """Digest of everything that decides a derived object's content; ``sources`` are the headers that it refers to."""
+    texts = [repr(geometry), str(values.dtype), version(MAKER), algorithm.name, algorithm.version]
+    texts += [label.model_dump_json() for label in labels]
+    texts += [str(header.SOPInstanceUID) for header in sources]
     return digest_of_bytes(
         [*(f"{len(text)}:{text}".encode() for text in texts), np.ascontiguousarray(values).tobytes()]
     )

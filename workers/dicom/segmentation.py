@@ -251,11 +251,7 @@ def write_segmentation(
     numbers = np.zeros(int(values.max()) + 1, np.uint8 if len(labels) <= 255 else np.uint16)
     for number, label in enumerate(labels, 1):
         numbers[label.value : label.value + 1] = number
-    digest = content_digest(
-        values,
-        geometry,
-        [algorithm.name, algorithm.version, *(label.model_dump_json() for label in labels), *_sources(headers)],
-    )
+    digest = content_digest(values, geometry, labels, algorithm, headers)
     with unwarned():
         try:
             dataset = Segmentation(
@@ -319,7 +315,3 @@ def _description(number: int, label: Label, algorithm: Algorithm) -> SegmentDesc
         modifier = hd.sr.CodedConcept.from_code(SIDES[concept.side])
         description.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [modifier]
     return description
-
-
-def _sources(headers: Sequence[Dataset]) -> list[str]:
-    return [str(header.SOPInstanceUID) for header in headers]

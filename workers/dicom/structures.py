@@ -218,11 +218,7 @@ def write_structures(
     ``ScanError``: ``mask.needs-dicom``, ``mask.source-header``.
     """
     headers = source_headers(series_files)
-    digest = content_digest(
-        values,
-        geometry,
-        [algorithm.name, algorithm.version, *(label.model_dump_json() for label in labels), headers[0].SOPInstanceUID],
-    )
+    digest = content_digest(values, geometry, labels, algorithm, headers[:1])
     with unwarned():
         dataset = _empty_set(headers[0], digest, algorithm)
         images = list(_images(headers))
