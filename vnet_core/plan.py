@@ -92,6 +92,8 @@ class Plan(Section):
                 raise ValueError(f"{where} names {sorted(unknown)}, the labels are {values}")
         if unnamed := set(self.output.values) - {label.name for label in self.labels}:
             raise ValueError(f"output.values names {sorted(unnamed)}, the labels are {[la.name for la in self.labels]}")
+        if all(self.output.values.get(label.name) == 0 for label in self.labels):
+            raise ValueError(f"output.values leaves out all {len(self.labels)} labels; a mask needs at least 1")
         if self.reading.select and [rule.channel for rule in self.reading.select] != list(self.channels):
             raise ValueError(
                 f"reading.select names the channels {[rule.channel for rule in self.reading.select]}, the plan's are"

@@ -131,6 +131,10 @@ def test_the_sizes_that_a_message_names_do_work():
         ({"channels": []}, ["channels"]),
         ({"inference": {"cleaning": [{"label": 1}, {"label": 2}]}}, ["[2]", "[1, 3]"]),
         ({"inference": {"overlap": 1.0}}, ["inference.overlap", "(got 1.0)"]),
+        ({"output": {"values": {"spleen": 1}}}, ["['spleen']", LABELS[0]["name"]]),
+        ({"output": {"values": {label["name"]: 0 for label in LABELS}}}, ["leaves out all 2 labels"]),
+        ({"reading": {"select": [{"channel": "T1"}]}}, ["['T1']", "['image']"]),
+        ({"reading": {"select": [{"channel": "image"}] * 2}}, ["['image', 'image']"]),
     ],
 )
 def test_a_value_that_cannot_work_is_named_with_what_was_given(change, words):
@@ -244,6 +248,13 @@ OTHER_VALUES = [
     {"inference": {"precision": "float32"}},
     {"inference": {"mirror_axes": [2]}},
     {"inference": {"cleaning": [{"label": 1, "keep": "largest"}]}},
+    {"labels": [{**LABELS[0], "code": "SCT:10200004:Liver"}, LABELS[1]]},
+    {"reading": {"gantry_tilt": "correct"}},
+    {"reading": {"sheared_axes": "resample"}},
+    {"reading": {"channel_grids": "resample"}},
+    {"reading": {"nifti_transform": "sform"}},
+    {"reading": {"select": [{"channel": "image", "modality": "CT"}]}},
+    {"output": {"values": {LABELS[0]["name"]: 9}}},
 ]
 
 

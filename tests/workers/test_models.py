@@ -53,7 +53,7 @@ def test_a_bundle_by_hand(root):
     facts = root.get_json("models/liver/v1/model.json")
     assert facts == model.facts
     assert facts["channels"] == ["T1", "T2"]
-    assert facts["labels"] == [{"value": 1, "name": "liver"}, {"value": 5, "name": "tumour"}]
+    assert [(label["value"], label["name"]) for label in facts["labels"]] == [(1, "liver"), (5, "tumour")]
     assert facts["metrics"] == {"dice": 0.9}
     assert facts["plan_digest"] == PLAN.digest
     assert root.receipt("models/liver/v1")["plan_digest"] == PLAN.digest

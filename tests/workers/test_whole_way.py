@@ -200,7 +200,7 @@ def drawn_mask(kind: str, shape: tuple[int, int, int], seed: int) -> np.ndarray:
     order=st.integers(0, 47),
     angles=st.tuples(*[st.floats(-180, 180)] * 3),
     digits=st.sampled_from([4, 5, 6, None]),
-    spacing=st.tuples(*[st.floats(0.05, 12.0)] * 3),
+    spacing=st.tuples(*[st.floats(0.25, 12.0)] * 3),
     origin=st.tuples(*[st.floats(-2000, 2000)] * 3),
 )
 @example(".nii", "single voxel", (1, 1, 1), 17, (180.0, 0.0, 90.0), None, (0.1, 0.3, 7.0), (0.1, -0.2, 1e-7))
