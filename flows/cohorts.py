@@ -153,7 +153,7 @@ def segment_cases(session: Session, model: Model, jobs: Sequence[Job]) -> list[O
         return []
     engines = session.site.engines
     outcomes = []
-    with ray_session(engines.ray_address, engines.cpus):
+    with ray_session(engines.ray_address, engines.ray_cpus):
         pool = SegmentPool(session.root, model, engines)
         try:
             progress = Progress(

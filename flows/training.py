@@ -148,7 +148,7 @@ def fit(root: Root, engines: Engines, asked: Training | Going) -> Model:
         bar.show(progress.share, f"{asked.name}: {text}")
         log.info(text)
 
-    with ray_session(engines.ray_address, engines.cpus):
+    with ray_session(engines.ray_address, engines.ray_cpus):
         if isinstance(asked, Going):
             return train_stage.resume(root, asked.name, asked.budget, engines, show)
         return train_stage.train(root, asked, engines, show)

@@ -169,6 +169,11 @@ class Engines:
     """GPUs of each training or segmenting worker."""
 
     @property
+    def ray_cpus(self) -> int:
+        """Cores that the local Ray node is said to have: one for each worker at least, or they would wait for ever."""
+        return max(self.cpus, self.train_workers, self.segment_workers)
+
+    @property
     def cpus_per_segment_worker(self) -> int:
         """Cores of each segmenting actor."""
         return max(1, self.cpus // self.segment_workers)

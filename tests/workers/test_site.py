@@ -146,6 +146,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
 
 def test_cores_are_shared_out_and_nobody_goes_without():
     engines = Engines(cpus=8, segment_workers=3, train_workers=16)
+    assert engines.ray_cpus == 16, "a worker without a core would wait for ever"
+    assert Engines(cpus=8, segment_workers=3).ray_cpus == 8
     assert engines.cpus_per_segment_worker == 2
     assert engines.cpus_per_train_worker == 1
 
