@@ -24,20 +24,20 @@ def _libc() -> ctypes.CDLL:
 @contextmanager
 def rewritten(path: Path, start: int) -> Iterator[None]:
     """Turn over the bits from byte ``start`` on whenever a reader has closed the file (Linux)."""
-    libc = _libc()
+    libc, content = _libc(), path.read_bytes()[start:]
     watch = libc.inotify_init1(os.O_NONBLOCK)
     assert libc.inotify_add_watch(watch, str(path).encode(), _CLOSED_BY_READER) >= 0
     done = threading.Event()
 
     def write() -> None:
+        tail = content
         while not done.is_set():
             if select.select([watch], [], [], 0.01)[0]:
                 os.read(watch, 4096)
-                content = path.read_bytes()
-                os.read(watch, 4096)  # what this reader has closed itself
-                with path.open("r+b") as file:
+                tail = bytes(byte ^ 1 for byte in tail)
+                with path.open("r+b") as file:  # closing what was written is another event
                     file.seek(start)
-                    file.write(bytes(byte ^ 1 for byte in content[start:]))
+                    file.write(tail)
 
     writer = threading.Thread(target=write)
     writer.start()
