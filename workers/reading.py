@@ -82,16 +82,6 @@ def read_scan_apart(source: str | Path, reading: ReadingPlan = AS_STORED) -> Sca
     return _own_reader().scan(source, reading)
 
 
-def read_label_apart(
-    source: str | Path,
-    image: Geometry | None = None,
-    labels: Sequence[Label] = (),
-    reading: ReadingPlan = AS_STORED,
-) -> Volume:
-    """:func:`workers.scans.read_label`, apart; errors as :func:`read_scan_apart`."""
-    return _own_reader().label(source, image, labels, reading).volume
-
-
 def read_label_scan_apart(
     source: str | Path,
     image: Geometry | None = None,

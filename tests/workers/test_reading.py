@@ -27,7 +27,6 @@ from workers.reading import (
     Limits,
     Reader,
     read_geometry_apart,
-    read_label_apart,
     read_label_scan_apart,
     read_scan_apart,
 )
@@ -90,7 +89,7 @@ def test_scans_labels_and_grids_are_what_they_are_in_this_process(tmp_path):
         assert apart.volume.voxels.dtype == here.volume.voxels.dtype
         np.testing.assert_array_equal(apart.volume.voxels, here.volume.voxels)
         apart.volume.voxels[...] = 0  # ours to change
-        np.testing.assert_array_equal(read_label_apart(source).voxels, read_label(source).voxels)
+        np.testing.assert_array_equal(read_label_scan_apart(source).volume.voxels, read_label(source).voxels)
         assert read_label_scan_apart(source).warnings == here.warnings
 
 
@@ -113,7 +112,7 @@ def test_refusals_keep_their_code_and_words(tmp_path):
         assert (apart.value.code, apart.value.message) == (here.value.code, here.value.message)
     (tmp_path / "seg.dcm").write_bytes(bytes(128) + b"DICM")
     label = Label(value=1, name="organ")
-    assert code_of(lambda: read_label_apart(tmp_path / "seg.dcm", grid(OBLIQUE), [label])).startswith(
+    assert code_of(lambda: read_label_scan_apart(tmp_path / "seg.dcm", grid(OBLIQUE), [label])).startswith(
         ("scan.", "label.")
     )
 

@@ -25,7 +25,7 @@ from workers.identity import private_root
 from workers.ingest import ingest
 from workers.ledger import Outcome
 from workers.preprocess import preprocess
-from workers.reading import read_label_apart, read_scan_apart
+from workers.reading import read_label_scan_apart, read_scan_apart
 from workers.scans import numbered_volume, read_geometry, read_label, read_scan, read_volume, source_files
 from workers.store import Root
 
@@ -71,7 +71,7 @@ def test_rescaled_values_and_labels(tmp_path):
     np.testing.assert_array_equal(found, numbered(SHAPE, "i2")[3] * 0.5 - 3)
     path.write_bytes(nifti_bytes(numbered(SHAPE, "<i2")))
     np.testing.assert_array_equal(read_label(f"{path}[1]").labels, numbered(SHAPE, "i2")[1])
-    np.testing.assert_array_equal(read_label_apart(f"{path}[1]").labels, numbered(SHAPE, "i2")[1])
+    np.testing.assert_array_equal(read_label_scan_apart(f"{path}[1]").volume.labels, numbered(SHAPE, "i2")[1])
     np.testing.assert_array_equal(read_scan_apart(f"{path}[2]").volume.voxels[0], numbered(SHAPE, "i2")[2])
 
 
