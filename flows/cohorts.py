@@ -1,28 +1,29 @@
-"""Flows over a cohort: preprocess it, segment it, and do both every night."""
+"""Flows over a cohort: preprocess it, segment it, do both every night, and say before what that would cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from prefect import flow
+from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from pydantic import Field
 
+from flows.artifacts import artifact_key
+from flows.closing import close_night
+from flows.night import Order, checked_model, expected, run_night
 from flows.plans import PlanSource, make_plan
-from flows.session import Session, open_session
-from flows.tasks import Progress, batches, preprocess_batch, refresh_cohort, report_night, segment_batch
-from vnet_core.errors import ConfigError
-from vnet_core.plan import Plan
-from workers.clusters import dask_executor, ray_session
-from workers.cohort import Case, Entry, check_reading, load_cohort, load_entries, volume_key
+from flows.review import answered, apply
+from flows.session import open_session
+from flows.stages import preprocess_cases, refusals, usable
+from flows.tasks import refresh_cohort
+from workers.cohort import load_cohort, load_entries
+from workers.harmless import one_line
 from workers.ledger import Outcome, counts
-from workers.masks import MaskFormat, mask_file
-from workers.models import Model, load_model
-from workers.segment import STAGE, Job, SegmentPool, key_of
+from workers.masks import MaskFormat
+from workers.rules import DEFAULT_RULES, NightRules
 
 # The form takes its texts from the docstrings of the flows.
 CohortName = Annotated[str, Field(min_length=1)]
@@ -47,124 +48,70 @@ def preprocess_cohort(cohort: CohortName, plan: PlanFile = "auto") -> State[Any]
 
 
 @flow(name="segment-cohort", flow_run_name="segment {cohort} with {model}", validate_parameters=True)
-def segment_cohort(cohort: CohortName, model: ModelReference, mask_format: MaskFormat = "nifti") -> State[Any]:
+def segment_cohort(
+    cohort: CohortName, model: ModelReference, mask_format: MaskFormat = "nifti", rules: NightRules = DEFAULT_RULES
+) -> State[Any]:
     """Segment every case of a cohort that has no mask of this model yet, and report on all.
 
     Args:
         cohort: name that was given at vnet ingest, such as liver
-        model: name for its newest version, such as liver, or one version, such as liver@v2
+        model: name for its champion or else its newest version, such as liver, or one version, such as liver@v2
         mask_format: file format of the masks: NIfTI (.nii.gz), MetaImage (.mha), NRRD (.nrrd), OME-Zarr (.ome.zarr),
             DICOM segmentation (.seg.dcm) or RT structure set (.rtstruct.dcm)
+        rules: when it stops, how often it tries, and whom it asks
     """
-    session = open_session()
-    return _night(session, cohort, load_model(session.root, model), mask_format)
+    return _night(Order(cohort, model, mask_format, rules), refresh=())
 
 
 @flow(name="nightly", flow_run_name="nightly {cohort}", validate_parameters=True)
-def nightly(cohort: CohortName, model: ModelReference, mask_format: MaskFormat = "nifti") -> State[Any]:
+def nightly(
+    cohort: CohortName, model: ModelReference, mask_format: MaskFormat = "nifti", rules: NightRules = DEFAULT_RULES
+) -> State[Any]:
     """Look for new and changed scans in the cohort's sources, segment what has no mask yet, and report on all.
 
     Args:
         cohort: name that was given at vnet ingest, such as liver
-        model: name for its newest version, such as liver, or one version, such as liver@v2
+        model: name for its champion or else its newest version, such as liver, or one version, such as liver@v2
         mask_format: file format of the masks: NIfTI (.nii.gz), MetaImage (.mha), NRRD (.nrrd), OME-Zarr (.ome.zarr),
             DICOM segmentation (.seg.dcm) or RT structure set (.rtstruct.dcm)
+        rules: when it stops, how often it tries, and whom it asks
+    """
+    return _night(Order(cohort, model, mask_format, rules), refresh=(cohort,))
+
+
+@flow(name="plan-night", flow_run_name="plan {cohort}", validate_parameters=True)
+def plan_night(
+    cohort: CohortName, model: ModelReference, mask_format: MaskFormat = "nifti", rules: NightRules = DEFAULT_RULES
+) -> State[Any]:
+    """Say what a night would do and how long it would take; no scan is read and nothing is computed.
+
+    Args:
+        cohort: name that was given at vnet ingest, such as liver
+        model: name for its champion or else its newest version, such as liver, or one version, such as liver@v2
+        mask_format: file format of the masks
+        rules: as for the night itself
     """
     session = open_session()
-    loaded = load_model(session.root, model)
-    refresh_cohort(session.root, cohort)
-    return _night(session, cohort, loaded, mask_format)
+    found = expected(session, Order(cohort, model, mask_format, rules))
+    words = one_line(f"{cohort}: {found.words}")
+    create_markdown_artifact(f"# Next night of {one_line(cohort)}\n\n{words}\n", key=artifact_key("plan", cohort))
+    return Completed(message=words, data={"forecast": found})
 
 
-def _night(session: Session, cohort: str, model: Model, mask_format: MaskFormat) -> State[Any]:
-    """Everything from the cohort's entries to the report."""
-    mask_file(mask_format)
-    loaded = load_cohort(session.root, cohort)
-    check_reading(loaded, model.plan)
-    channels = loaded.channels
-    if len(channels) != len(model.plan.channels):
-        raise ConfigError(
-            "model.channels",
-            f"cohort {cohort} has {len(channels)} channels {channels}, model {model.reference} takes"
-            f" {len(model.plan.channels)} {model.plan.channels}; choose the model that was trained on these channels",
-        )
-    started = datetime.now(UTC)
-    entries = load_entries(session.root, cohort)
-    jobs = [Job(cohort, case, mask_format) for case in usable(entries)]
-    outcomes = refusals(entries)
-    todo = []
-    for job in jobs:
-        key = key_of(job, model)
-        if session.root.receipt(key):
-            outcomes.append(Outcome(job.case.id, STAGE, "cached", key=key))
-        else:
-            todo.append(job)
-    if todo:
-        prepared = preprocess_cases(session, cohort, [job.case for job in todo], model.plan)
-        failed = [outcome for outcome in prepared if not outcome.done]
-        outcomes += failed
-        without = {outcome.case for outcome in failed}
-        outcomes += segment_cases(session, model, [job for job in todo if job.case.id not in without])
-    outcomes.sort(key=lambda outcome: outcome.case)
-    night = report_night(session.root, cohort, model.reference, started, outcomes, entries)
-    return final_state(outcomes, {"night": night.id, "cohort": cohort, "outcomes": outcomes})
-
-
-def usable(entries: Sequence[Entry]) -> list[Case]:
-    """Cases that were not refused."""
-    return [entry.case for entry in entries if entry.verdict.usable]
-
-
-def refusals(entries: Sequence[Entry]) -> list[Outcome]:
-    """The rows of the cases that ingest refused."""
-    return [
-        Outcome(entry.case.id, "ingest", "refused", entry.verdict.codes, entry.verdict.message)
-        for entry in entries
-        if not entry.verdict.usable
-    ]
-
-
-def preprocess_cases(session: Session, cohort: str, cases: Sequence[Case], plan: Plan) -> list[Outcome]:
-    """One outcome per case; Dask is only started when there is something to do."""
-    engines = session.site.engines
-    with ExitStack() as stack:
-        missing = [case for case in cases if not session.root.receipt(volume_key(case, plan))]
-        ready = [
-            Outcome(case.id, "preprocess", "cached", key=volume_key(case, plan))
-            for case in cases
-            if case not in missing
-        ]
-        if not missing:
-            return ready
-        workers = min(engines.preprocess_workers, len(missing))
-        executor = stack.enter_context(dask_executor(engines.dask_address, workers))
-        progress = Progress(f"preprocess {cohort}", len(missing), f"Preprocessing of cohort {cohort}")
-        done = [
-            outcome
-            for batch in batches(missing, session.site.batch_cases)
-            for outcome in preprocess_batch(session.root, batch, plan, executor, progress)
-        ]
-    return sorted([*ready, *done], key=lambda outcome: outcome.case)
-
-
-def segment_cases(session: Session, model: Model, jobs: Sequence[Job]) -> list[Outcome]:
-    """One outcome per job; Ray is only started when there is something to do."""
-    if not jobs:
-        return []
-    engines = session.site.engines
-    outcomes = []
-    with ray_session(engines.ray_address, engines.ray_cpus):
-        pool = SegmentPool(session.root, model, engines)
-        try:
-            progress = Progress(
-                f"segment {jobs[0].cohort}", len(jobs), f"Segmentation of cohort {jobs[0].cohort} by {model.reference}"
-            )
-            size = session.site.batch_cases
-            for start in range(0, len(jobs), size):
-                outcomes += segment_batch(pool, jobs[start : start + size], progress)
-        finally:
-            pool.close()
-    return outcomes
+def _night(order: Order, refresh: Sequence[str]) -> State[Any]:
+    """A night, or, where this run is resumed after a person's answer, what the answer asks for."""
+    session = open_session()
+    answer = answered(session)
+    if answer is not None:
+        return apply(session, answer)
+    started = session.clock()
+    model = checked_model(session, order)
+    for cohort in refresh:
+        refresh_cohort(session.root, cohort)
+    result = run_night(session, order, model, started)
+    close_night(session, order, result)
+    data = {"night": result.night.id, "cohort": order.cohort, "outcomes": result.outcomes}
+    return final_state(result.outcomes, data)
 
 
 class NoCaseDone(Exception):

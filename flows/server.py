@@ -41,6 +41,9 @@ HOST = "127.0.0.1"
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 HEALTH_TIMEOUT_S = 2.0
+REQUEST_TIMEOUT_S = 30.0
+HEARTBEAT_S = 30
+"""How often a run tells the server that it lives; Prefect allows no shorter pause."""
 UI_POLICY = "; ".join(
     (
         "default-src 'self'",
@@ -72,6 +75,7 @@ def prefect_environment(home: Path) -> dict[str, str]:
         "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
         # a run asked for in the UI starts within two seconds, not ten
         "PREFECT_RUNNER_POLL_FREQUENCY": "2",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
         # progress is the command line's business; the UI still has every line
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
     }
@@ -356,19 +360,20 @@ def _close_orphans(server: ServerProcess, home: Path) -> None:
     }
     under_way = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
     closed: set[str] = set()
-    while runs := {run["id"] for run in _post(f"{server.api_url}/flow_runs/filter", {"flow_runs": under_way})} - closed:
+    while runs := {run["id"] for run in post(f"{server.api_url}/flow_runs/filter", {"flow_runs": under_way})} - closed:
         for run_id in runs:
-            _post(f"{server.api_url}/flow_runs/{run_id}/set_state", {"state": state, "force": True})
+            post(f"{server.api_url}/flow_runs/{run_id}/set_state", {"state": state, "force": True})
         closed |= runs
 
 
-def _post(url: str, body: dict[str, Any]) -> Any:
+def post(url: str, body: dict[str, Any], timeout_s: float = REQUEST_TIMEOUT_S) -> Any:
+    """What a Prefect API answers to a request with JSON; EngineError ``prefect.unreachable`` when it does not."""
     headers = {"Content-Type": "application/json"}
     if secret := os.environ.get("PREFECT_API_AUTH_STRING"):
         headers["Authorization"] = f"Basic {base64.b64encode(secret.encode()).decode()}"
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
             return json.load(response)
     except OSError as error:
         raise EngineError("prefect.unreachable", f"the Prefect API at {url} does not answer ({error})") from error
@@ -424,10 +429,10 @@ def _serve(listener_fd: int, kind: str) -> None:
     from prefect.server.api.server import create_app
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    app = create_app(final=True, ephemeral=kind == "api")
-    app.add_middleware(_OwnPagesOnly)
+    # around the application, not in it: the actions of automations ask it from within, as a host of another name
+    own = _OwnPagesOnly(create_app(final=True, ephemeral=kind == "api"))
     # a name that an attacker points at 127.0.0.1 gets no answer
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    app = TrustedHostMiddleware(own, allowed_hosts=[HOST, "localhost"])
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[socket.socket(fileno=listener_fd)])
 
 

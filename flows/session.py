@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from workers.identity import hush_readers, keep_identity
 from workers.site import Site, load_site
@@ -13,12 +15,19 @@ ROOT_VARIABLE = "VNET_ROOT"
 SITE_VARIABLE = "VNET_SITE"
 
 
+def utc_now() -> datetime:
+    """The time."""
+    return datetime.now(UTC)
+
+
 @dataclass(frozen=True, slots=True)
 class Session:
     """The storage root, probed, and the site."""
 
     root: Root
     site: Site
+    clock: Callable[[], datetime] = utc_now
+    """Tells the time, in UTC."""
 
 
 def open_session() -> Session:

@@ -6,28 +6,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
 from uuid import UUID
 
 from prefect import get_run_logger, task
-from prefect.artifacts import (
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.artifacts import artifact_key, night_markdown, volume_table
+from flows.artifacts import artifact_key
+from flows.pages import publish_night
 from vnet_core.plan import Plan
 from workers import preprocess as preprocess_stage
 from workers.clusters import processors
 from workers.cohort import Case, Cohort, Entry, load_cohort
 from workers.ingest import Names, ingest
 from workers.ledger import Outcome, counts, nameless
-from workers.report import Night, night_id, night_ids, write_night
+from workers.nights import Night
+from workers.report import write_night
 from workers.segment import Job, SegmentPool
 from workers.store import Root
+
+T = TypeVar("T")
 
 PROGRESS_SECONDS = 2.0
 """A progress artifact is updated at most this often."""
@@ -62,7 +61,7 @@ class Progress:
             self._sent = time.monotonic()
 
 
-def batches(cases: Sequence[Case], size: int) -> Iterator[Sequence[Case]]:
+def batches(cases: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Successive slices of at most ``size`` cases."""
     return (cases[i : i + size] for i in range(0, len(cases), size))
 
@@ -79,47 +78,33 @@ def refresh_cohort(root: Root, name: str) -> list[Outcome]:
 
 @task(name="preprocess", cache_policy=NO_CACHE)
 def preprocess_batch(
-    root: Root, cases: Sequence[Case], plan: Plan, executor: Executor, on_outcome: Callable[[Outcome], None]
+    root: Root,
+    cases: Sequence[Case],
+    plan: Plan,
+    executor: Executor,
+    on_outcome: Callable[[Outcome], None],
+    may_go_on: Callable[[], bool] = lambda: True,
 ) -> list[Outcome]:
-    """Preprocess a batch of cases on Dask."""
-    return preprocess_stage.preprocess(root, cases, plan, executor, on_outcome)
+    """Preprocess a batch of cases on Dask, as far as there is time."""
+    return preprocess_stage.preprocess(root, cases, plan, executor, on_outcome, may_go_on)
 
 
 @task(name="segment", cache_policy=NO_CACHE)
-def segment_batch(pool: SegmentPool, jobs: Sequence[Job], on_outcome: Callable[[Outcome], None]) -> list[Outcome]:
-    """Segment a batch of cases on the pool of Ray actors."""
-    return pool.run(jobs, on_outcome)
+def segment_batch(
+    pool: SegmentPool,
+    jobs: Sequence[Job],
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+    may_begin: Callable[[Job], bool] = lambda job: True,
+) -> list[Outcome]:
+    """Segment a batch of cases on the pool of Ray actors, as far as there is time."""
+    return pool.run(jobs, on_outcome, may_begin)
 
 
 @task(name="report", cache_policy=NO_CACHE)
 def report_night(
-    root: Root, cohort: str, model: str, started: datetime, outcomes: Sequence[Outcome], entries: Sequence[Entry]
-) -> Night:
-    """Write the night's tables and record, and its Markdown report and table of volumes as artifacts."""
-    taken = set(night_ids(root, cohort))
-    moment = started
-    while night_id(moment) in taken:
-        moment += timedelta(seconds=1)
-    night = Night(
-        id=night_id(moment),
-        cohort=cohort,
-        model=model,
-        started=started.isoformat(timespec="seconds"),
-        seconds=round((datetime.now(UTC) - started).total_seconds(), 1),
-        counts=counts(outcomes),
-    )
-    rows = write_night(root, night, outcomes, {entry.case.id: entry.case.patient for entry in entries})
-    done = sum(outcome.done for outcome in outcomes)
-
-    def picture(key: str) -> bytes | None:
-        return root.get(f"{key}/qc.png") if root.exists(f"{key}/qc.png") else None
-
-    create_markdown_artifact(
-        markdown=night_markdown(night, rows, picture),
-        key=artifact_key("night", cohort),
-        description=f"{done} of {len(outcomes)} cases have a mask; night {night.id}",
-    )
-    create_table_artifact(
-        table=volume_table(rows), key=artifact_key("volumes", cohort), description=f"Volumes of night {night.id}"
-    )
-    return night
+    root: Root, night: Night, outcomes: Sequence[Outcome], entries: Sequence[Entry]
+) -> list[dict[str, Any]]:
+    """Write the night's tables, and its report and table of volumes as artifacts; returns the rows."""
+    rows = write_night(root, night, outcomes, entries)
+    publish_night(root, night, rows)
+    return rows

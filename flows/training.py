@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import BaseModel, Field
 
-from flows.artifacts import artifact_key, training_markdown
-from flows.cohorts import CohortName, preprocess_cases, usable
+from flows.cohorts import CohortName
+from flows.models import publish_model
 from flows.plans import PlanSource, make_plan
 from flows.session import open_session
+from flows.stages import preprocess_cases, usable
 from flows.tasks import Progress
 from workers import train as train_stage
 from workers.clusters import Engines, ray_session
@@ -102,16 +102,7 @@ def train_model(cohort: CohortName, model: ModelName, settings: TrainingSettings
         budget = budget or Budget(minutes=DEFAULT_MINUTES)
         training = Training(model, entries, chosen, budget, settings.folds, settings.start or None)
         trained = fit(session.root, engines, training)
-    curves = {
-        name: session.root.get(f"{trained.prefix}/{name}")
-        for name in ("loss.png", "dice.png")
-        if session.root.exists(f"{trained.prefix}/{name}")
-    }
-    create_markdown_artifact(
-        markdown=training_markdown(trained.facts, curves),
-        key=artifact_key("model", trained.name),
-        description=f"Model {trained.reference}",
-    )
+    publish_model(session.root, trained.name, f"Model {trained.reference}")
     scores = trained.facts["metrics"]["validation_dice"]
     dice = ", ".join(f"{name} {value:.3f}" for name, value in scores.items()) or "no validation cases"
     return Completed(message=f"{trained.reference}, validation Dice: {dice}", data={"model": trained.reference})

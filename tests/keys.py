@@ -17,9 +17,10 @@ from pydantic import BaseModel
 
 from tests.walkthrough import REPOSITORY
 from vnet_core.plan import Plan
-from workers.site import Site
+from vnet_core.reporting import Reporting
+from workers.site import Nightly, Site
 
-PAGES = {"docs/plans.md": Plan, "docs/sites.md": Site}
+PAGES = {"docs/plans.md": Plan, "docs/sites.md": Site, "docs/quality.md": Reporting}
 _TABLE = re.compile(r"<!-- keys -->\n.*?<!-- end of keys -->\n", re.DOTALL)
 
 
@@ -36,11 +37,17 @@ def _rows(model: type[BaseModel], prefix: str) -> list[str]:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             rows += _rows(kind, f"{prefix}{name}.")
             continue
-        default = "required" if field.is_required() else f"`{field.default}`"
+        default = "required" if field.is_required() else "empty" if field.default == "" else f"`{field.default}`"
         bounds = "".join(_bound(item) for item in field.metadata)
         meaning = " ".join((field.description or "").split())
         rows.append(f"| `{prefix}{name}` | {_name(kind)}{bounds} | {default} | {meaning} |")
+        if prefix == "" and _listed(kind) is Nightly:
+            rows += _rows(Nightly, f"{name}.")
     return rows
+
+
+def _listed(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is tuple else None
 
 
 def _bound(item: Any) -> str:

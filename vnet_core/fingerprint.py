@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 import cc3d
 import numpy as np
 
-from vnet_core.preprocess import foreground_box
-from vnet_core.volume import Volume, canonical, crop
+from vnet_core.volume import Volume, canonical, crop, foreground_box
 
 Grid = tuple[tuple[int, int, int], tuple[float, float, float]]
 """Shape and spacing_mm, (z, y, x) in canonical order."""

@@ -28,6 +28,9 @@ CANONICAL_DIRECTION: Matrix = ((0.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0)
 ORTHONORMAL_TOLERANCE = 1e-3
 """Largest deviation of ``direction.T @ direction`` from the identity that still counts as orthonormal."""
 
+ANISOTROPIC = 3.0
+"""An axis whose spacing is more than this many times the finest has thick slices."""
+
 SAME_VOXELS = 0.1
 """Voxels of two grids farther apart than this share of the finest spacing are not the same."""
 
@@ -208,3 +211,18 @@ def _triple(values: Iterable[Any]) -> Triple:
 def _triple_int(values: Iterable[Any]) -> Shape:
     a, b, c = (int(v) for v in values)
     return (a, b, c)
+
+
+def check_label_grid(image: Geometry, label: Geometry) -> None:
+    """Raise ScanError ``label.grid`` unless the label's grid is the image's, naming both."""
+    if not same_grid(image, label):
+        raise ScanError(
+            "label.grid",
+            f"the label's grid (shape {label.shape}, spacing {_mm(label.spacing_mm)}, origin {_mm(label.origin_mm)}) "
+            f"is not the image's (shape {image.shape}, spacing {_mm(image.spacing_mm)}, origin "
+            f"{_mm(image.origin_mm)}); export the label on the image's grid",
+        )
+
+
+def _mm(values: tuple[float, ...]) -> str:
+    return "(" + ", ".join(f"{v:.4g}" for v in values) + ") mm"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,9 +49,14 @@ _PLANES = (
 _STYLES = ((236, (64, 40, 26)), (200, (24, 16)), (150, (16,)), (110, (12,)))
 """Pixels along a panel's longer side and numbers of greys to try, from the best picture to the smallest."""
 
-_GUTTER_PX, _CAPTION_PX, _HEADER_PX, _LEGEND_PX, _MARGIN_PX = 18, 28, 28, 212, 14
+_GUTTER_PX, _CAPTION_PX, _HEADER_PX, _LINE_PX, _MARGIN_PX = 18, 28, 28, 20, 14
 _CELL_PX = 228
 """Least width of a panel with its gutters, so that the caption fits below."""
+_LEGEND_LINES = 12
+"""Most lines of the legend, which is below the rows: beside them it would make the sheet wider, and everything on it
+smaller where it is shown narrow, as on a phone."""
+_LEGEND_COLUMN_PX = 255
+"""Least width of a column of the legend."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,7 +92,7 @@ def qc_picture(image_ZYX: np.ndarray, labels_ZYX: np.ndarray, geometry: Geometry
         geometry=image.geometry,
         source=geometry,
         turn=turn,
-        window=_window(image.voxels[0]),
+        window=grey_window(image.voxels[0]),
         labels=labels,
         structures=_structures(mask.labels, labels),
     )
@@ -98,6 +104,23 @@ def qc_picture(image_ZYX: np.ndarray, labels_ZYX: np.ndarray, geometry: Geometry
             if len(png) <= MAX_BYTES:
                 return png
     return png
+
+
+def light_picture(png: bytes, limit_bytes: int) -> bytes:
+    """A picture as WebP, in full size where that stays within ``limit_bytes``, else smaller, at least a third as wide.
+
+    For pages that are kept for years: noise, which no eye misses, is most of what a PNG of a scan holds.
+    """
+    with Image.open(io.BytesIO(png)) as opened:
+        whole = opened.convert("RGB")
+    out = io.BytesIO()
+    for share in (1.0, 0.85, 0.7, 0.55, 0.45, 1 / 3):
+        size = (max(1, round(whole.width * share)), max(1, round(whole.height * share)))
+        out = io.BytesIO()
+        whole.resize(size, Image.Resampling.LANCZOS).save(out, "WEBP", quality=68, method=4)
+        if len(out.getvalue()) <= limit_bytes:
+            break
+    return out.getvalue()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,7 +162,7 @@ class _Sheet:
         return max(1, round(height_mm * px_per_mm)), max(1, round(width_mm * px_per_mm))
 
 
-def _window(image_ZYX: np.ndarray) -> tuple[float, float]:
+def grey_window(image_ZYX: np.ndarray) -> tuple[float, float]:
     """1st and 99th percentile, from at most a few million voxels on a regular lattice."""
     step = max(1, round((image_ZYX.size / 2e6) ** (1 / 3)))
     sample = image_ZYX[::step, ::step, ::step].astype(np.float64)
@@ -173,8 +196,10 @@ def _render(sheet: _Sheet, limit_px: int) -> Canvas:
     cells = [max(width + 2 * _GUTTER_PX, _CELL_PX) for _, width in panels]
     body = max(height for height, _ in panels) + 2 * _GUTTER_PX
     row_px = _HEADER_PX + body + _CAPTION_PX
-    height = max(len(rows) * row_px, 190) + 2 * _MARGIN_PX
-    canvas = Canvas(height, sum(cells) + _LEGEND_PX + 3 * _MARGIN_PX)
+    width = sum(cells) + 2 * _MARGIN_PX
+    legend = _legend(sheet, max(1, width // _LEGEND_COLUMN_PX))
+    below = _MARGIN_PX + len(rows) * row_px
+    canvas = Canvas(below + _LINE_PX * len(legend) + 2 * _MARGIN_PX, width)
     for r, (structure, indices) in enumerate(rows):
         top = _MARGIN_PX + r * row_px
         _draw_heading(canvas, _MARGIN_PX, top + _HEADER_PX // 2, sheet, structure)
@@ -185,7 +210,11 @@ def _render(sheet: _Sheet, limit_px: int) -> Canvas:
             _draw_panel(canvas, (x, y, width_px, height_px), sheet, plane, indices, structure)
             _draw_caption(canvas, (left, top + _HEADER_PX + body, cell), sheet, plane, indices, width_px)
             left += cell
-    _draw_legend(canvas, left + 2 * _MARGIN_PX, height, sheet)
+    for line, entries in enumerate(legend):
+        y = below + _MARGIN_PX + _LINE_PX * line + _LINE_PX // 2
+        column_px = (width - 2 * _MARGIN_PX) // len(entries)
+        for column, entry in enumerate(entries):
+            _draw_entry(canvas, _MARGIN_PX + column * column_px, y, column_px - _MARGIN_PX, entry)
     return canvas
 
 
@@ -259,36 +288,49 @@ def _draw_caption(
     canvas.rule(end - round(bar_mm * px_per_mm), end, y, ticks_px=3)
 
 
-def _draw_legend(canvas: Canvas, x: int, height: int, sheet: _Sheet) -> None:
-    line_px = 20
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What stands in one place of the legend."""
+
+    name: str
+    value: str = ""
+    colour: int = -1
+    """Index into COLOURS; -1 without one, in a fainter grey."""
+
+
+def _legend(sheet: _Sheet, columns: int) -> list[list[_Entry]]:
+    """Lines of the legend: the labels, largest first, then those without a voxel, then facts about the scan."""
+    present = {s.label.value for s in sheet.structures}
+    entries = [_Entry(s.label.name, _volume(s, sheet.geometry), s.colour) for s in sheet.structures]
+    entries += [_Entry(label.name, "empty") for label in sheet.labels if label.value not in present]
+    room = columns * _LEGEND_LINES
+    if len(entries) > room:
+        entries = [*entries[: room - 1], _Entry(f"and {len(entries) - room + 1} more")]
     shape, spacing = sheet.source.shape, sheet.source.spacing_mm
     facts = [
+        f"{' x '.join(str(n) for n in shape)} voxels of {' x '.join(f'{s:.3g}' for s in spacing)} mm (z, y, x)",
         f"grey {sheet.window[0]:.4g} to {sheet.window[1]:.4g}",
-        " x ".join(str(n) for n in shape) + " voxels",
-        "of " + " x ".join(f"{s:.3g}" for s in spacing) + " mm (z, y, x)",
     ]
     turned = _turned_degrees(sheet.geometry)
     if turned >= 1:
-        facts.append(f"grid turned by {turned:.0f}° to the body")
-    present = {s.label.value for s in sheet.structures}
-    entries = [(s.label.name, _volume(s, sheet.geometry), s.colour) for s in sheet.structures]
-    entries += [(label.name, "empty", -1) for label in sheet.labels if label.value not in present]
-    room = max(1, (height - 2 * _MARGIN_PX - line_px * (len(facts) + 1)) // line_px)
-    if len(entries) > room:
-        entries = [*entries[: room - 1], (f"and {len(entries) - room + 1} more", "", -1)]
-    y = _MARGIN_PX + _HEADER_PX // 2
-    right = x + _LEGEND_PX - _MARGIN_PX
-    for name, value, colour in entries:
-        level = FAINT if colour < 0 else TEXT
-        if colour >= 0:
-            canvas.swatch(x, y, colour)
-        canvas.text(right, y, value, "rm", level=level)
-        canvas.text(x + 18, y, canvas.shortened(name, right - x - 26 - canvas.text_px(value)), level=level)
-        y += line_px
-    y = height - _MARGIN_PX - line_px * len(facts) + line_px // 2
-    for fact in facts:
-        canvas.text(x, y, fact, level=FAINT)
-        y += line_px
+        facts[1] += f", grid turned by {turned:.0f}° to the body"
+    lines = [entries[i : i + columns] for i in range(0, len(entries), columns)]
+    # so that the columns stand below one another
+    padded = [[*line, *[_Entry("")] * (columns - len(line))] for line in lines]
+    return [*padded, [_Entry(", ".join(facts))]]
+
+
+def _draw_entry(canvas: Canvas, x: int, y: int, width: int, entry: _Entry) -> None:
+    level = FAINT if entry.colour < 0 else TEXT
+    text_x = x
+    if entry.colour >= 0 or entry.value:
+        text_x += 18
+    if entry.colour >= 0:
+        canvas.swatch(x, y, entry.colour)
+    canvas.text(x + width, y, entry.value, "rm", level=level)
+    canvas.text(
+        text_x, y, canvas.shortened(entry.name, x + width - text_x - 8 - canvas.text_px(entry.value)), level=level
+    )
 
 
 def _section(array_ZYX: np.ndarray, plane: _Plane, index: int) -> np.ndarray:

@@ -10,11 +10,10 @@ import numpy as np
 
 from vnet_core.errors import ConfigError
 from vnet_core.fingerprint import Fingerprint, labelled_intensities
-from vnet_core.geometry import Shape, Triple
+from vnet_core.geometry import ANISOTROPIC, Shape, Triple
 from vnet_core.networks.layout import count_macs
 from vnet_core.networks.memory import predicted_training_bytes
 from vnet_core.plan import Label, Plan
-from vnet_core.preprocess import ANISOTROPIC
 from vnet_core.sections import AugmentationPlan, InferencePlan, NetworkPlan, PreprocessPlan, TrainingPlan
 
 STEP_GMACS_PER_CORE = 10.0

@@ -14,7 +14,7 @@ import torch
 from vnet_core.bias import log_field
 from vnet_core.decide import Decision
 from vnet_core.errors import ScanError
-from vnet_core.geometry import Geometry, Shape, same_grid, to_canonical
+from vnet_core.geometry import ANISOTROPIC, Geometry, check_label_grid, to_canonical
 from vnet_core.geometry import resampled as resampled_geometry
 from vnet_core.resample import (
     Coordinates,
@@ -26,10 +26,8 @@ from vnet_core.resample import (
     nearest_labels,
 )
 from vnet_core.sections import PreprocessPlan
-from vnet_core.volume import Volume, canonical, crop
+from vnet_core.volume import Volume, canonical, crop, foreground_box
 
-ANISOTROPIC = 3.0
-"""An axis whose spacing is more than this many times the finest has thick slices."""
 BIAS_MM = 4.0
 """Voxels of the copy on which the bias field is found."""
 BIAS_FEWEST = 16
@@ -122,39 +120,6 @@ def _otsu(values: np.ndarray) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         between = below * above * (moment / below - (moment[-1] - moment) / above) ** 2
     return float(edges[1 + int(np.nan_to_num(between[:-1], nan=-1.0).argmax())])
-
-
-def check_label_grid(image: Geometry, label: Geometry) -> None:
-    """Raise ScanError ``label.grid`` unless the label's grid is the image's, naming both."""
-    if not same_grid(image, label):
-        raise ScanError(
-            "label.grid",
-            f"the label's grid (shape {label.shape}, spacing {_mm(label.spacing_mm)}, origin {_mm(label.origin_mm)}) "
-            f"is not the image's (shape {image.shape}, spacing {_mm(image.spacing_mm)}, origin "
-            f"{_mm(image.origin_mm)}); export the label on the image's grid",
-        )
-
-
-def _mm(values: tuple[float, ...]) -> str:
-    return "(" + ", ".join(f"{v:.4g}" for v in values) + ") mm"
-
-
-def foreground_box(voxels: np.ndarray) -> tuple[Shape, Shape]:
-    """The smallest box, as (start, stop), outside of which every channel of (C, Z, Y, X) is at its own minimum.
-
-    Raises ScanError ``scan.constant`` when there is no such voxel.
-    """
-    foreground = np.zeros(voxels.shape[1:], bool)
-    for channel in voxels:
-        foreground |= channel > channel.min()
-    start, stop = [], []
-    for axis in range(3):
-        rows = np.flatnonzero(foreground.any(axis=tuple(a for a in range(3) if a != axis)))
-        if len(rows) == 0:
-            raise ScanError("scan.constant", f"all voxels have the value {voxels.flat[0]}; the scan holds no image")
-        start.append(int(rows[0]))
-        stop.append(int(rows[-1]) + 1)
-    return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
 
 
 def normalise(voxels: np.ndarray, plan: PreprocessPlan) -> np.ndarray:

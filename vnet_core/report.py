@@ -12,11 +12,9 @@ from scipy import ndimage
 from vnet_core.errors import ScanError
 from vnet_core.geometry import Geometry, Triple, world_mm
 from vnet_core.plan import Label, Region
+from vnet_core.reporting import MANY_COMPONENTS
 
 Box = tuple[slice, slice, slice]
-
-MANY_COMPONENTS = 10
-"""A structure in more pieces than this is flagged: most structures are one piece, and noise comes in dozens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +90,12 @@ def to_row(report: LabelReport) -> dict[str, int | float | str | bool | None]:
 
 def flags(report: LabelReport) -> tuple[str, ...]:
     """What a reader should look at: ``empty``, ``touches-border``, ``many-components`` (above MANY_COMPONENTS)."""
-    found = {
-        "empty": report.voxels == 0,
-        "touches-border": report.touches_border,
-        "many-components": report.components > MANY_COMPONENTS,
-    }
+    return shape_flags(report.voxels, report.touches_border, report.components, MANY_COMPONENTS)
+
+
+def shape_flags(voxels: int, touches_border: bool, components: int, many_components: int) -> tuple[str, ...]:
+    """The flags that follow from a mask alone: ``empty``, ``touches-border``, ``many-components`` (above the limit)."""
+    found = {"empty": voxels == 0, "touches-border": touches_border, "many-components": components > many_components}
     return tuple(flag for flag, present in found.items() if present)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vnet_core.errors import ScanError
-from vnet_core.geometry import Geometry, Reorientation, cropped, to_canonical
+from vnet_core.geometry import Geometry, Reorientation, Shape, cropped, to_canonical
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,3 +56,21 @@ def crop(volume: Volume, start: tuple[int, int, int], stop: tuple[int, int, int]
     """The voxels ``start <= (z, y, x) < stop``, a view."""
     window = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
     return Volume(volume.voxels[(slice(None), *window)], cropped(volume.geometry, start, stop))
+
+
+def foreground_box(voxels: np.ndarray) -> tuple[Shape, Shape]:
+    """The smallest box, as (start, stop), outside of which every channel of (C, Z, Y, X) is at its own minimum.
+
+    Raises ScanError ``scan.constant`` when there is no such voxel.
+    """
+    foreground = np.zeros(voxels.shape[1:], bool)
+    for channel in voxels:
+        foreground |= channel > channel.min()
+    start, stop = [], []
+    for axis in range(3):
+        rows = np.flatnonzero(foreground.any(axis=tuple(a for a in range(3) if a != axis)))
+        if len(rows) == 0:
+            raise ScanError("scan.constant", f"all voxels have the value {voxels.flat[0]}; the scan holds no image")
+        start.append(int(rows[0]))
+        stop.append(int(rows[-1]) + 1)
+    return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from vnet_core.errors import ConfigError, ScanError
-from vnet_core.geometry import Triple
-from vnet_core.preprocess import check_label_grid
+from vnet_core.geometry import Triple, check_label_grid
 from vnet_core.spheres import sphere
 from workers.discover import Found, discover
 from workers.ledger import Outcome, State, settle

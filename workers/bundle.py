@@ -13,6 +13,7 @@ from vnet_core.postprocess import choose
 from vnet_core.sections import Cleaning
 from workers.harmless import sheet_cell
 from workers.models import Model, Target, publish
+from workers.profiles import training_profile
 from workers.store import Root
 from workers.training_run import Run
 
@@ -45,6 +46,7 @@ def publish_fitted(root: Root, target: Target, runs: Sequence[Run]) -> Model:
         reasons = [choice.reason for choice in choices]
         chosen = tuple(choice.cleaning for choice in choices if choice.cleaning is not None)
         plan = plan.model_copy(update={"inference": plan.inference.model_copy(update={"cleaning": chosen})})
+    volumes = sorted({key for run in runs for key in (run.training | run.validation).values()})
     case_dice = {case: row for facts in found for case, row in sorted(facts["case_dice"].items())}
     facts = {
         "metrics": {"validation_dice": mean_dice(case_dice, names), "case_dice": case_dice, "structures": names},
@@ -54,11 +56,14 @@ def publish_fitted(root: Root, target: Target, runs: Sequence[Run]) -> Model:
             "started_from": runs[0].start,
             "training_cases": sorted(runs[0].training if len(runs) == 1 else runs[0].training | runs[0].validation),
             "validation_cases": sorted(case for run in runs for case in run.validation),
-            "volumes": sorted({key for run in runs for key in (run.training | run.validation).values()}),
+            "volumes": volumes,
         },
         "cleaning": reasons,
         "loss": found[0]["losses"],
     }
+    profile = training_profile(root, volumes, plan)
+    if profile is not None:
+        facts["profile"] = profile
     title = f"{target.name} {target.version}"
     files = _curves(title, names, found)
     return publish(root, Target(target.name, target.version, plan), weights, facts, files)

@@ -162,8 +162,23 @@ def load_entry(root: Root, cohort: str, case_id: str) -> Entry:
 
 def known_entry(root: Root, cohort: str, case_id: str) -> Entry | None:
     """The case's entry, or None when the root or the private folder does not hold it."""
+    return _known(root, private_root(root), _entry_key(cohort, case_id))
+
+
+def known_entries(root: Root, cohort: str) -> dict[str, Entry]:
+    """All entries of a cohort by case id, without those whose private part is lost."""
+    private, ids = private_root(root), entry_ids(root, cohort)
+    return {case: entry for case in ids if (entry := _known(root, private, _entry_key(cohort, case)))}
+
+
+def entry_ids(root: Root, cohort: str) -> list[str]:
+    """Ids of all cases of a cohort."""
+    return [name.removesuffix(".json") for name in root.names(f"cohorts/{cohort}/cases")]
+
+
+def _known(root: Root, private: Root, key: str) -> Entry | None:
     try:
-        return load_entry(root, cohort, case_id)
+        return _load(root, private, key)
     except StorageError as error:
         if error.code not in ("store.missing", "identity.no-private"):
             raise
@@ -185,8 +200,8 @@ def _load(root: Root, private_parts: Root, key: str) -> Entry:
 
 def load_entries(root: Root, cohort: str) -> list[Entry]:
     """All entries of a cohort, by case id."""
-    private, names = private_root(root), root.names(f"cohorts/{cohort}/cases")
-    return [_load(root, private, _entry_key(cohort, name.removesuffix(".json"))) for name in names]
+    private = private_root(root)
+    return [_load(root, private, _entry_key(cohort, case)) for case in entry_ids(root, cohort)]
 
 
 def remove_entry(root: Root, cohort: str, case_id: str) -> None:

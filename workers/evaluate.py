@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from vnet_core.errors import ConfigError, ScanError
+from vnet_core.geometry import check_label_grid
 from vnet_core.metrics import FIGURES, Structure, score_labels, structures, surface_dice_name
 from vnet_core.plan import Label, Region
-from vnet_core.preprocess import check_label_grid
 from vnet_core.statistics import CONFIDENCE, RESAMPLES, summarise
 from workers.ledger import Outcome, State, settle
 from workers.scans import case_stem, is_scan, read_label

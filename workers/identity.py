@@ -119,9 +119,14 @@ def safe_id(text: str) -> str:
     return f"{cleaned[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
+SILENT = logging.CRITICAL + 1
+
+
 def hush_readers() -> None:
     """Keep what pydicom says about values off logs and terminals, in this process from now on: it quotes them."""
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+    logger = logging.getLogger("pydicom")
+    if logger.level != SILENT:  # setting it empties the caches of all loggers
+        logger.setLevel(SILENT)
     warnings.filterwarnings("ignore", module="pydicom")
 
 

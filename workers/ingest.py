@@ -11,8 +11,8 @@ import numpy as np
 
 from vnet_core.errors import ConfigError, ScanError, StorageError
 from vnet_core.fingerprint import fingerprint
+from vnet_core.geometry import check_label_grid
 from vnet_core.plan import Label
-from vnet_core.preprocess import check_label_grid
 from vnet_core.sections import ReadingPlan
 from vnet_core.volume import Scan, Volume
 from workers.archives import PREFIX, archive_stem, is_archive, unpacked
@@ -22,7 +22,8 @@ from workers.cohort import (
     Entry,
     Verdict,
     check_name,
-    known_entry,
+    entry_ids,
+    known_entries,
     label_digest,
     load_cohort,
     remove_entry,
@@ -81,18 +82,15 @@ def ingest(
     found, archives = _look_through(root, sources, names.channels, reading)
     if not found.cases:
         raise ConfigError("cohort.empty", f"no scan was found in {', '.join(sources)} ({found.ignored} other files)")
-    known = {n.removesuffix(".json") for n in root.names(f"cohorts/{name}/cases")}
+    known = known_entries(root, name)
     labels = names.labels or found.labels
-    jobs = [
-        executor.submit(_examine, case, known_entry(root, name, case.id) if case.id in known else None, labels, reading)
-        for case in found.cases
-    ]
+    jobs = [executor.submit(_examine, case, known.get(case.id), labels, reading) for case in found.cases]
     entries, outcomes, unsettled = [], [], []
     for job in as_completed(jobs):
         entry, outcome, compared = job.result()
         if compared:
             unsettled.append(entry.case.id)
-        else:
+        elif entry != known.get(entry.case.id):
             save_entry(root, name, entry)
         entries.append(entry)
         outcomes.append(outcome)
@@ -101,7 +99,7 @@ def ingest(
     for entry in entries:
         if entry.case.id in unsettled or entry.verdict.codes[:1] == (TWICE,):
             save_entry(root, name, entry)
-    for gone in known - {case.id for case in found.cases}:
+    for gone in set(entry_ids(root, name)) - {case.id for case in found.cases}:
         remove_entry(root, name, gone)
     cohort = Cohort(
         name,
@@ -116,6 +114,51 @@ def ingest(
     save_cohort(root, cohort)
     _remove_archives(root, before.archives if before else ())
     return cohort, sorted(outcomes, key=lambda outcome: outcome.case)
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What an ingest of a cohort's sources would find, told by names, sizes and times without reading a scan."""
+
+    new: tuple[str, ...]
+    """Cases that the cohort does not have yet."""
+    changed: tuple[str, ...]
+    """Cases whose files are not those that were read."""
+    unchanged: tuple[Entry, ...]
+    """What the cohort knows of all others."""
+    gone: tuple[str, ...]
+    """Cases that the sources no longer hold."""
+
+
+def preview(root: Root, name: str) -> Preview:
+    """Look through the sources of a cohort and compare; nothing is read or written but archives that are new.
+
+    ConfigError ``cohort.unknown``.
+    """
+    cohort = load_cohort(root, name)
+    found, _ = _look_through(root, cohort.sources, cohort.channels, cohort.reading)
+    known = known_entries(root, name)
+    new, changed, unchanged = [], [], []
+    for case in found.cases:
+        entry = known.get(case.id)
+        if entry is None:
+            new.append(case.id)
+        elif _is_unchanged(entry, case, cohort):
+            unchanged.append(entry)
+        else:
+            changed.append(case.id)
+    gone = set(entry_ids(root, name)) - {case.id for case in found.cases}
+    return Preview(tuple(new), tuple(changed), tuple(unchanged), tuple(sorted(gone)))
+
+
+def _is_unchanged(entry: Entry, found: Found, cohort: Cohort) -> bool:
+    if found.problem:
+        return entry.verdict.codes[:1] == (found.problem.code,)
+    try:
+        stamp = source_stamp(Case(found.id, found.channels, found.label), cohort.labels, cohort.reading)
+    except ScanError as error:
+        return entry.verdict.codes[:1] == (error.code,)
+    return entry.stamp == stamp and _same_sources(entry, found)
 
 
 def _cohort_before(root: Root, name: str) -> Cohort | None:

@@ -10,9 +10,10 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from datetime import UTC, datetime
+from typing import Any, Literal
 
 from vnet_core.errors import ScanError, VnetError
 from workers.identity import hush_readers
@@ -58,6 +59,27 @@ def counts(outcomes: Iterable[Outcome]) -> dict[str, int]:
     found = Counter(outcome.state for outcome in outcomes)
     order: tuple[State, ...] = ("accepted", "warned", "computed", "cached", "carried-over", "refused", "failed")
     return {state: found[state] for state in order if found[state]}
+
+
+class Costs:
+    """Seconds of work since it was made, without those spent waiting for other cases, and the memory of the process."""
+
+    def __init__(self) -> None:
+        self._start, self._waited = time.perf_counter(), 0.0
+
+    @contextmanager
+    def waiting(self, turn: AbstractContextManager[Any]) -> Iterator[None]:
+        """Enter ``turn``, such as a lock, for the block; the time until it is entered does not count."""
+        began = time.perf_counter()
+        with turn:
+            self._waited += time.perf_counter() - began
+            yield
+
+    def facts(self) -> dict[str, Any]:
+        """For a receipt: ``seconds``, ``peak_bytes``, and the moment ``finished`` in ISO 8601."""
+        seconds = time.perf_counter() - self._start - self._waited
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        return {"seconds": round(seconds, 4), "peak_bytes": process_peak_bytes(), "finished": finished}
 
 
 def settle(stage: str, case: str, compute: Callable[[], tuple[State, str | None, tuple[str, ...]]]) -> Outcome:

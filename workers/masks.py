@@ -11,9 +11,9 @@ results/<cohort>/<case>/<key>/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -23,15 +23,17 @@ from vnet_core.pictures import qc_picture
 from vnet_core.plan import Label, Plan
 from vnet_core.report import LabelReport, flags, measure, measure_regions, to_row
 from vnet_core.sections import OutputPlan
+from vnet_core.spread import Spread
 from vnet_core.volume import Volume
 from workers.arrays import write_ome_labels
 from workers.cohort import Case
-from workers.dicom.derived import Algorithm, source_headers
-from workers.dicom.segmentation import read_segmentation, write_segmentation
-from workers.dicom.structures import read_structures, write_structures
+from workers.failpoints import fail_point
 from workers.reading import read_scan_apart
 from workers.scans import read_label, source_files, write_label
 from workers.store import Root, raise_if_full
+
+if TYPE_CHECKING:
+    from workers.dicom.derived import Algorithm
 
 MaskFormat = Literal["nifti", "mha", "nrrd", "ome-zarr", "dicom-seg", "rtstruct"]
 _FILES: dict[str, str] = {
@@ -66,6 +68,8 @@ def check_format(case: Case, mask_format: MaskFormat) -> None:
     a case whose first channel is no DICOM series, or whose header lacks what such a mask takes over.
     """
     if mask_file(mask_format).endswith(".dcm"):
+        from workers.dicom.derived import source_headers
+
         source_headers(source_files(case.channels[0]))
 
 
@@ -82,6 +86,10 @@ class Mask:
     """The model that made it."""
     provenance: dict[str, Any]
     """Goes into the receipt: digests of plan, model and volume."""
+    spread: Spread | None = None
+    """How far the passes lie apart that the mask is the mean of; None where it is of one pass."""
+    drift: tuple[str, ...] = ()
+    """What is unlike the scans that the model was trained on, in words."""
 
 
 def written(values: np.ndarray, labels: Sequence[Label], output: OutputPlan) -> tuple[np.ndarray, tuple[Label, ...]]:
@@ -101,8 +109,13 @@ def written(values: np.ndarray, labels: Sequence[Label], output: OutputPlan) -> 
     return table.astype(_dtype(table.max(initial=0)))[values], tuple(merged)
 
 
-def publish_mask(root: Root, key: str, mask: Mask) -> None:
-    """Write all files of a result and its receipt.
+def publish_mask(
+    root: Root, key: str, mask: Mask, last_words: Callable[[], Mapping[str, Any]] = dict[str, Any]
+) -> None:
+    """Write all files of a result and its receipt; one that is published already is left as it is.
+
+    ``last_words`` is called right before the receipt is written, and right before the first file; it may raise, and
+    what it returns goes into the receipt alone.
 
     Raises StorageError ``mask.unproven`` when a written mask, read back, does not lie where the array lay, and
     ScanError as :func:`check_format` does.
@@ -110,13 +123,15 @@ def publish_mask(root: Root, key: str, mask: Mask) -> None:
     geometry = mask.case.geometry
     assert geometry is not None, "a case without geometry was refused at ingest"
     try:
-        _publish(root, key, mask, geometry)
+        last_words()
+        if root.receipt(key) is None:
+            _publish(root, key, mask, geometry, last_words)
     except OSError as error:
         raise_if_full(error, root.folder)
         raise
 
 
-def _publish(root: Root, key: str, mask: Mask, geometry: Geometry) -> None:
+def _publish(root: Root, key: str, mask: Mask, geometry: Geometry, last_words: Callable[[], Mapping[str, Any]]) -> None:
     root.delete(key)
     plan = mask.plan
     values, labels = written(mask.values, plan.labels, plan.output)
@@ -127,24 +142,39 @@ def _publish(root: Root, key: str, mask: Mask, geometry: Geometry) -> None:
         if file == _OME:
             write_ome_labels(root, f"{key}/{file}", values, geometry, labels)
         elif file.endswith(".dcm"):
+            from workers.dicom.segmentation import write_segmentation
+            from workers.dicom.structures import write_structures
+
             write = write_segmentation if mask.mask_format == "dicom-seg" else write_structures
             write(path, values, geometry, labels, source_files(mask.case.channels[0]), mask.algorithm)
         else:
             write_label(path, values, geometry)
         _prove(root, f"{key}/{file}", values, labels, geometry)
-    report: dict[str, Any] = {"labels": _rows(measure(mask.values, geometry, plan.labels))}
+    report: dict[str, Any] = {"labels": _rows(measure(mask.values, geometry, plan.labels), mask)}
     if plan.regions:
-        report["regions"] = _rows(measure_regions(mask.values, geometry, plan.labels, plan.regions))
+        report["regions"] = _rows(measure_regions(mask.values, geometry, plan.labels, plan.regions), mask)
     scan = read_scan_apart(mask.case.channels[0], plan.reading)
     if not scan.burnt_in:
         root.put(f"{key}/qc.png", qc_picture(scan.volume.voxels[0], mask.values, geometry, plan.labels))
+    report["drift"] = list(mask.drift)
     report |= {"case": mask.case.id, "mask": name, "picture": NO_PICTURE if scan.burnt_in else "qc.png"}
     root.put_json(f"{key}/report.json", report | mask.provenance)
-    root.seal(key, {"stage": "segment", "case_digest": mask.case.digest, **mask.provenance})
+    fail_point("segment:written")
+    facts = {"stage": "segment", "case_digest": mask.case.digest, **mask.provenance}
+    root.seal(key, {**facts, **last_words()})
 
 
-def _rows(reports: Sequence[LabelReport]) -> list[dict[str, Any]]:
-    return [{**to_row(report), "flags": list(flags(report))} for report in reports]
+def _rows(reports: Sequence[LabelReport], mask: Mask) -> list[dict[str, Any]]:
+    return [{**to_row(report), **_spread(report, mask), "flags": list(flags(report))} for report in reports]
+
+
+def _spread(report: LabelReport, mask: Mask) -> dict[str, float]:
+    """Technical uncertainty of a label or region; nothing where the mask is of one pass."""
+    if mask.spread is None:
+        return {}
+    regions = {region.name: region.values for region in mask.plan.regions}
+    values = regions[report.name] if report.label is None else (report.label,)
+    return asdict(mask.spread.of(values, report.volume_ml))
 
 
 def _prove(root: Root, key: str, values: np.ndarray, labels: Sequence[Label], geometry: Geometry) -> None:
@@ -170,6 +200,9 @@ def _read_back(root: Root, key: str, labels: Sequence[Label], geometry: Geometry
     path = root.path(key)
     if not key.endswith(".dcm"):
         return read_label(path)
+    from workers.dicom.segmentation import read_segmentation
+    from workers.dicom.structures import read_structures
+
     # by their order, not by their names: two labels may have one name
     read = read_segmentation if key.endswith(_FILES["dicom-seg"]) else read_structures
     numbered = read(path, geometry).volume

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import re
+import hashlib
+import importlib.metadata
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
-
-from vnet_core.errors import ConfigError, StorageError
-from vnet_core.networks.vnet import VNet, build_vnet
 from vnet_core.plan import Plan, digest_of
-from workers.cohort import check_name
+from workers.cards import model_card
+from workers.registry import check_files, resolve
+from workers.registry import next_version as next_version
+from workers.registry import versions as versions
 from workers.store import Root
+
+if TYPE_CHECKING:
+    from vnet_core.networks.vnet import VNet
+
+DISTRIBUTION = "vnet-cohort"
+CARD = "card.md"
+"""Name of the model card in a bundle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +63,8 @@ def publish(
     """Write a bundle and its receipt.
 
     ``weights``: one safetensors file per network; a model of several segments with the mean of their outputs.
-    ``facts`` goes into model.json, ``files`` beside it, by name.
+    ``facts`` goes into model.json, with where the model comes from, ``files`` beside it, by name. The model card is
+    made of the facts.
     """
     prefix = f"models/{target.name}/{target.version}"
     names = ["weights.safetensors"] if len(weights) == 1 else [f"weights-{n}.safetensors" for n in range(len(weights))]
@@ -69,34 +79,57 @@ def publish(
         "plan": plan.model_dump(mode="json"),
         "plan_digest": plan.digest,
         "weights": names,
+        "provenance": _provenance(root, plan, weights, facts.get("training", {})),
         **facts,
     }
     root.put_json(f"{prefix}/model.json", described)
+    root.put(f"{prefix}/{CARD}", model_card(described).encode())
     root.seal(prefix, {"stage": "train", "plan_digest": plan.digest})
     return load_model(root, f"{target.name}@{target.version}")
 
 
-def load_model(root: Root, reference: str) -> Model:
-    """The model ``name``, ``name@version`` or ``name@latest``.
+def _provenance(root: Root, plan: Plan, weights: Sequence[bytes], training: dict[str, Any]) -> dict[str, Any]:
+    """What the model was made from and by."""
+    receipts = [receipt for key in training.get("volumes", ()) if (receipt := root.receipt(key))]
+    data = sorted((receipt["case_digest"], receipt["label_digest"] or "") for receipt in receipts)
+    return {
+        "digest": digest_of([*(hashlib.sha256(content).hexdigest() for content in weights), plan.digest]),
+        "data_digest": digest_of(data) if data else "",
+        "data": [{"scan": scan, "label": label} for scan, label in data],
+        "started_from": training.get("started_from"),
+        "version": importlib.metadata.version(DISTRIBUTION),
+        "commit": _commit(),
+        "torch": training.get("torch", importlib.metadata.version("torch")),
+    }
 
-    Raises ConfigError ``model.unknown`` or ``model.version`` naming what exists, StorageError ``model.damaged`` when a
-    file is not what its receipt says.
+
+def _commit() -> str:
+    """The git commit of the program's sources, with ``+changes`` where they differ from it; empty where unknown."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # an environment may lie inside a repository that is not the program's
+        git("ls-files", "--error-unmatch", here.name)
+        commit = git("rev-parse", "HEAD")
+        return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def load_model(root: Root, reference: str) -> Model:
+    """The model that a reference stands for: ``name`` is the champion, or the newest version where there is none;
+    ``name@champion``, ``name@challenger``, ``name@latest`` or ``name@v3`` is that one.
+
+    Raises ConfigError ``model.unknown``, ``model.version`` or ``model.alias`` naming what exists, StorageError
+    ``model.damaged`` when a file is not what its receipt says.
     """
-    name, _, wanted = reference.partition("@")
-    check_name(name, "model")
-    finished = versions(root, name)
-    if not finished:
-        known = ", ".join(n for n in root.names("models") if versions(root, n)) or "none"
-        raise ConfigError(
-            "model.unknown", f"there is no model {name!r} in {root.folder} (known: {known}); train it with vnet train"
-        )
-    version = wanted if wanted and wanted != "latest" else finished[-1]
-    if version not in finished:
-        raise ConfigError("model.version", f"model {name} has no version {version!r}; it has {', '.join(finished)}")
+    name, version = resolve(root, reference)
+    check_files(root, name, version)
     prefix = f"models/{name}/{version}"
-    damaged = root.damaged(prefix)
-    if damaged:
-        raise StorageError("model.damaged", f"{', '.join(damaged)} of model {name}@{version} changed since training")
     facts = root.get_json(f"{prefix}/model.json")
     receipt = root.receipt(prefix)
     assert receipt is not None
@@ -105,25 +138,19 @@ def load_model(root: Root, reference: str) -> Model:
     return Model(name, version, plan, digest_of([*digests, plan.digest]), facts)
 
 
-def versions(root: Root, name: str) -> list[str]:
-    """Finished versions of a model, oldest first."""
-    found = [v for v in root.names(f"models/{name}") if root.receipt(f"models/{name}/{v}")]
-    return sorted(found, key=_number)
-
-
-def next_version(root: Root, name: str) -> str:
-    """The version after the newest that was ever begun."""
-    begun = [*root.names(f"models/{name}"), *root.names(f"training/{name}")]
-    return f"v{max((_number(v) for v in begun), default=0) + 1}"
-
-
-def _number(version: str) -> int:
-    match = re.fullmatch(r"v(\d+)", version)
-    return int(match[1]) if match else 0
+def card_of(root: Root, model: Model) -> str:
+    """The model's card, in Markdown; of a model from before there were cards it is made of its facts."""
+    key = f"{model.prefix}/{CARD}"
+    return root.get(key).decode() if root.exists(key) else model_card(model.facts)
 
 
 def load_networks(root: Root, model: Model) -> list[VNet]:
     """The model's networks with their weights, on the CPU in float32."""
+    # they bring torch in, which a night's own process does without
+    import safetensors.torch
+
+    from vnet_core.networks.vnet import build_vnet
+
     networks = []
     for file in model.facts["weights"]:
         network = build_vnet(model.plan.network, len(model.plan.channels), model.plan.outputs)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, as_completed
 
 from vnet_core import geometry as geo
+from vnet_core.drift import profile
 from vnet_core.errors import ScanError
 from vnet_core.plan import Plan
-from vnet_core.preprocess import prepare
 from workers.arrays import write_arrays
 from workers.cohort import Case, read_channels, scan_label, source_digest, volume_key
-from workers.ledger import Outcome, State, settle
+from workers.failpoints import fail_point
+from workers.ledger import Costs, Outcome, State, settle
 from workers.store import Root
 
 STAGE = "preprocess"
@@ -23,10 +24,12 @@ def preprocess(
     plan: Plan,
     executor: Executor,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+    may_go_on: Callable[[], bool] = lambda: True,
 ) -> list[Outcome]:
     """One finished volume per case under :func:`workers.cohort.volume_key`; what is finished is not done again.
 
-    The executor's workers may be on other machines; only URLs, cases and the plan travel to them.
+    The executor's workers may be on other machines; only URLs, cases and the plan travel to them. As soon as
+    ``may_go_on`` is false after a case, nothing more is waited for, and the cases without an outcome are left.
     """
     outcomes = []
     jobs = {}
@@ -52,24 +55,33 @@ def preprocess(
             )
         outcomes.append(outcome)
         on_outcome(outcome)
+        if not may_go_on():
+            for other in jobs:
+                other.cancel()
+            break
     return sorted(outcomes, key=lambda outcome: outcome.case)
 
 
 def preprocess_case(root_url: str, case: Case, plan: Plan) -> Outcome:
     """Read, prepare and publish one case; runs on a worker. Its outcome says what happened, it never raises."""
+    # brings torch in, which the process that hands out the cases does without
+    from vnet_core.preprocess import prepare
+
     root = Root(root_url)
 
     def compute() -> tuple[State, str, tuple[str, ...]]:
-        key = volume_key(case, plan)
+        key, costs = volume_key(case, plan), Costs()
         image = read_channels(case.channels, plan.reading)
         label = scan_label(case.label, image.geometry, plan.labels, plan.reading).volume if case.label else None
         if source_digest(case.channels, plan.reading) != case.digest:
             raise ScanError("scan.changed", "the file's bytes are not those that were ingested; run vnet ingest again")
+        fail_point("preprocess:read")
         prepared = prepare(image, label, plan.preprocess)
         arrays = {"image": prepared.image}
         if prepared.label is not None:
             arrays["label"] = prepared.label
         write_arrays(root, key, arrays, {"geometry": geo.to_mapping(prepared.geometry)})
+        fail_point("preprocess:written")
         root.seal(
             key,
             {
@@ -78,8 +90,11 @@ def preprocess_case(root_url: str, case: Case, plan: Plan) -> Outcome:
                 "label_digest": case.label_digest,
                 "plan_digest": plan.volume_digest,
                 "geometry": geo.to_mapping(prepared.geometry),
+                "profile": profile(image, prepared.image),
+                **costs.facts(),
             },
         )
+        fail_point("preprocess:sealed")
         return "computed", key, ()
 
     return settle(STAGE, case.id, compute)

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from vnet_core.errors import MemoryLimitError, StorageError
+from vnet_core.plan import Plan
 from workers.arrays import read_array
 from workers.clusters import Engines
 from workers.cohort import Case, result_key, volume_geometry, volume_key
 from workers.dicom.derived import Algorithm
-from workers.ledger import Outcome, State, settle
+from workers.failpoints import fail_point
+from workers.leases import Claim, check
+from workers.ledger import Costs, Outcome, State, settle
 from workers.masks import Mask, MaskFormat, check_format, label_values, mask_file, publish_mask
 from workers.models import Model, load_model, load_networks
+from workers.profiles import drift_of
 from workers.store import Root
 
 if TYPE_CHECKING:
@@ -36,6 +40,10 @@ class Job:
     cohort: str
     case: Case
     mask_format: MaskFormat
+    mirror_axes: tuple[int, ...] | None = None
+    """Axes to mirror along instead of those of the model's plan."""
+    claim: Claim | None = None
+    """Leave to publish the result; asked once more right before."""
 
 
 class Segmenter:
@@ -67,11 +75,12 @@ class Segmenter:
         import torch
 
         from vnet_core.decide import decision
-        from vnet_core.ensemble import predict_mean
+        from vnet_core.ensemble import decide_on_grid, predict
         from vnet_core.postprocess import clean
         from vnet_core.preprocess import restore
+        from vnet_core.spread import spread_of
 
-        plan, case = self.model.plan, job.case
+        plan, case, costs = plan_of(job, self.model), job.case, Costs()
         key = key_of(job, self.model)
         volume = volume_key(case, plan)
         if self.root.receipt(volume) is None:
@@ -79,11 +88,17 @@ class Segmenter:
         assert case.geometry is not None, "a finished volume has a geometry"
         check_format(case, job.mask_format)
         image = torch.from_numpy(read_array(self.root, volume, "image"))
-        with self._computing:
-            self._check_memory(tuple(image.shape[1:]))
-            logits = predict_mean(self.networks, image.to(self.device), plan)
-            classes = restore(logits.cpu(), volume_geometry(self.root, volume), case.geometry, decision(plan))
+        fail_point("segment:read")
+        with costs.waiting(self._computing):
+            self._check_memory(plan, tuple(image.shape[1:]))
+            grid = volume_geometry(self.root, volume)
+            said = predict(self.networks, image.to(self.device), plan)
+            classes = restore(said.logits, grid, case.geometry, decision(plan))
+            spread = None
+            if said.passes:
+                spread = spread_of(decide_on_grid(said.logits, plan), said.passes, plan, grid.voxel_ml)
         values = clean(label_values(classes, plan.labels), case.geometry.voxel_ml, plan.inference.cleaning)
+        fail_point("segment:computed")
         provenance = {
             "cohort": job.cohort,
             "model": self.model.reference,
@@ -93,20 +108,31 @@ class Segmenter:
             "precision": str(self.precision).removeprefix("torch."),
         }
         algorithm = Algorithm(self.model.reference, self.model.digest[:16])
-        publish_mask(self.root, key, Mask(case, values, plan, job.mask_format, algorithm, provenance))
+        drift = drift_of(self.root, volume, self.model.facts)
+        mask = Mask(case, values, plan, job.mask_format, algorithm, provenance, spread, drift)
+        publish_mask(self.root, key, mask, lambda: self._last_words(job, costs))
+        fail_point("segment:sealed")
         return "computed", key, ()
 
-    def _check_memory(self, shape: Any) -> None:
+    def _last_words(self, job: Job, costs: Costs) -> dict[str, Any]:
+        """What the receipt says of the work; StorageError ``night.taken-over`` where another run has the case."""
+        if job.claim is None:
+            return costs.facts()
+        check(self.root, job.claim)
+        return {**costs.facts(), "run": job.claim.run}
+
+    def _check_memory(self, plan: Plan, shape: Any) -> None:
         """MemoryLimitError before the pass when its predicted peak is above what is free."""
+        from vnet_core.ensemble import held_bytes, number_of_passes
         from vnet_core.inference import computed_shape, predicted_peak_bytes
 
         if self.device.type != "cpu":
             return
-        plan = self.model.plan
         predicted = predicted_peak_bytes(
             plan.network, len(plan.channels), plan.outputs, computed_shape(plan, shape), self.precision.itemsize
         )
         needed = min(predicted, int(plan.inference.memory_limit_gib * 2**30))
+        needed += held_bytes(plan, shape, number_of_passes(len(self.networks), plan))
         free = psutil.virtual_memory().available
         if needed > free:
             raise MemoryLimitError(
@@ -116,9 +142,17 @@ class Segmenter:
             )
 
 
+def plan_of(job: Job, model: Model) -> Plan:
+    """The plan that decides the job's mask."""
+    if job.mirror_axes is None:
+        return model.plan
+    inference = model.plan.inference.model_copy(update={"mirror_axes": job.mirror_axes})
+    return model.plan.model_copy(update={"inference": inference})
+
+
 def key_of(job: Job, model: Model) -> str:
     """Where the job's result lies."""
-    return f"{result_key(job.cohort, job.case, model.plan, model.digest)}{_format_suffix(job.mask_format)}"
+    return f"{result_key(job.cohort, job.case, plan_of(job, model), model.digest)}{_format_suffix(job.mask_format)}"
 
 
 def _format_suffix(mask_format: MaskFormat) -> str:
@@ -137,9 +171,15 @@ class SegmentPool:
         self.root, self.model, self.engines = root, model, engines
         self._actors: list[Any] = []
 
-    def run(self, jobs: Sequence[Job], on_outcome: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
-        """One outcome per job, by case id. A job with a receipt is `cached`; an actor that dies is replaced, and the
-        cases it held are tried again, each at most ``ATTEMPTS`` times."""
+    def run(
+        self,
+        jobs: Sequence[Job],
+        on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+        may_begin: Callable[[Job], bool] = lambda job: True,
+    ) -> list[Outcome]:
+        """One outcome per job that was begun, by case id. A job with a receipt is `cached`; an actor that dies is
+        replaced, and the cases it held are tried again, each at most ``ATTEMPTS`` times. ``may_begin`` is asked before
+        a case is handed to an actor."""
         outcomes: list[Outcome] = []
 
         def settled(outcome: Outcome) -> None:
@@ -154,10 +194,15 @@ class SegmentPool:
             else:
                 waiting.append((job, 1))
         if waiting:
-            self._work_off(waiting, settled)
+            self._work_off(waiting, settled, may_begin)
         return sorted(outcomes, key=lambda outcome: outcome.case)
 
-    def _work_off(self, waiting: deque[tuple[Job, int]], settled: Callable[[Outcome], None]) -> None:
+    def _work_off(
+        self,
+        waiting: deque[tuple[Job, int]],
+        settled: Callable[[Outcome], None],
+        may_begin: Callable[[Job], bool],
+    ) -> None:
         import ray
         from ray.exceptions import RayActorError, RayError
 
@@ -168,7 +213,11 @@ class SegmentPool:
             for number, actor in enumerate(self._actors):
                 while waiting and sum(place == number for _, _, place in held.values()) < IN_FLIGHT:
                     job, attempt = waiting.popleft()
+                    if not may_begin(job):
+                        continue
                     held[actor.segment.remote(job)] = (job, attempt, number)
+            if not held:
+                return
             ready, _ = ray.wait(list(held), num_returns=1)
             job, attempt, number = held.pop(ready[0])
             try:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vnet_core.errors import ConfigError
 from vnet_core.plan import config_error
 from workers.clusters import Engines, processors
 from workers.identity import Identity
+from workers.retention_rules import KEEP_EVERYTHING, Retention
+from workers.rules import CLOCK, DEFAULT_RULES, NightRules
 
 
 class Nightly(BaseModel):
@@ -21,9 +25,21 @@ class Nightly(BaseModel):
     cohort: str = Field(min_length=1)
     """Name of the cohort."""
     model: str = Field(min_length=1)
-    """``name`` for its newest version, or ``name@version``."""
+    """`name` for its champion or else its newest version, or `name@version`."""
     cron: str = "0 1 * * *"
     """When, in the site's time zone; the default is one o'clock every night."""
+    rules: NightRules = DEFAULT_RULES
+    """When its nights stop, how often they try, and whom they ask."""
+    catch_up: Literal["run", "skip"] = "run"
+    """What `vnet serve` does at its start about nights that were missed: `run` one at once, or wait for the next."""
+    watch: bool = False
+    """Start a night too when files arrive in the cohort's sources."""
+    watch_quiet_s: float = Field(default=60.0, gt=0)
+    """Seconds without a change before files count as arrived."""
+    success_by: str = Field(default="", pattern=CLOCK)
+    """Time of day by which a night must have ended well; left out, nobody is told."""
+    most_failures: int | None = Field(default=None, ge=0)
+    """More failed cases in a night than this are told; left out, nobody is told."""
 
 
 class Site(BaseModel):
@@ -53,8 +69,26 @@ class Site(BaseModel):
     """What `vnet serve` runs on a schedule; never two runs of one cohort at once."""
     ui_port: int = Field(default=4200, ge=1, le=65535)
     """Port of the Prefect server that `vnet serve` starts on 127.0.0.1."""
+    notify_url: str = Field(default="", repr=False)
+    """Where messages go, as an Apprise URL, such as mailtos:// or msteams://; left out, they stand in the UI alone."""
+    retention: Retention = KEEP_EVERYTHING
+    """What `vnet gc` may take away."""
     identity: Identity = Identity()
     """What stands for patients, and where it is written who they are."""
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError):
+            raise ValueError(f"{name!r} is no IANA time zone; use one such as Europe/Berlin") from None
+        return name
+
+    @property
+    def zone(self) -> ZoneInfo:
+        """The site's time zone."""
+        return ZoneInfo(self.timezone)
 
     @property
     def engines(self) -> Engines:

@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -67,18 +68,39 @@ class Root:
     def put(self, key: str, content: bytes) -> None:
         """Write an object whole; an existing one is replaced. StorageError ``store.full`` when no space is left."""
         path = self.path(key)
+        with self._written_beside(path, content) as temporary:
+            os.replace(temporary, path)
+
+    def create(self, key: str, content: bytes) -> bool:
+        """Write an object whole, and only where there is none; whether it was written.
+
+        Of several writers at once exactly one is told True. StorageError ``store.full`` as for :meth:`put`.
+        """
+        path = self.path(key)
+        if path.exists():
+            return False
+        with self._written_beside(path, content) as temporary:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+        return True
+
+    @contextmanager
+    def _written_beside(self, path: Path, content: bytes) -> Iterator[Path]:
+        """A durable file with the content beside ``path``, for the block to give it its name; the folder is synced."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".put-")
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=".put-")
+            temporary = Path(name)
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
-                os.replace(temporary, path)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+                yield temporary
+            finally:
+                temporary.unlink(missing_ok=True)
             _sync_folder(path.parent)
         except OSError as error:
             raise_if_full(error, self.folder)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
+from flows.commands.care import DOCTOR, FSCK, GC, METRICS
 from flows.commands.command import Command, Result
 from flows.commands.data import FETCH, INGEST, LABEL
 from flows.commands.evaluation import EVALUATE
-from flows.commands.nights import QUERY, SERVE
+from flows.commands.models import MODELS
+from flows.commands.nights import DEPLOY, SERVE
+from flows.commands.query import QUERY
+from flows.commands.radiomics import RADIOMICS
+from flows.commands.report import REPORT
+from flows.commands.retraining import RETRAIN
+from flows.commands.review import REVIEW
 from flows.commands.segmentation import NIGHTLY, SEGMENT
-from flows.commands.training import MODELS, PLAN, PREPROCESS, TRAIN
+from flows.commands.standing import PAUSE, QUARANTINE, RESUME
+from flows.commands.training import PLAN, PREPROCESS, TRAIN
 
 
 def _no_arguments(parser: ArgumentParser) -> None:
@@ -35,12 +43,24 @@ COMMANDS = {
         INGEST,
         PREPROCESS,
         TRAIN,
+        RETRAIN,
         PLAN,
         SEGMENT,
         EVALUATE,
         NIGHTLY,
+        PAUSE,
+        RESUME,
+        QUARANTINE,
         QUERY,
+        RADIOMICS,
+        REPORT,
+        REVIEW,
         MODELS,
         SERVE,
+        DEPLOY,
+        FSCK,
+        GC,
+        DOCTOR,
+        METRICS,
     )
 }

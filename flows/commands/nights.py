@@ -1,40 +1,12 @@
-"""Commands over many nights: ``query`` reads what they found, ``serve`` runs them."""
+"""``vnet serve`` and ``vnet deploy``: the nights that run by themselves, here or by somebody else's server."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
 from flows.commands.command import Command, Result
-from flows.commands.tables import text_table
 from flows.session import open_session
 from vnet_core.errors import ConfigError
-
-
-def _query_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--cohort", metavar="NAME")
-    parser.add_argument("--label", metavar="NAME")
-    parser.add_argument("--case", metavar="ID")
-    parser.add_argument("--state", metavar="STATE", help="computed, cached, failed or refused")
-    parser.add_argument("--flag", metavar="FLAG", help="empty, touches-border or many-components")
-    parser.add_argument("--volume-min-ml", type=float, metavar="ML")
-    parser.add_argument("--volume-max-ml", type=float, metavar="ML")
-    parser.add_argument("--change-min-percent", type=float, metavar="P", help="smallest change since the night before")
-    parser.add_argument("--nights", type=int, metavar="N", help="only the newest N nights of each cohort")
-    parser.add_argument("--limit", type=int, default=1000, metavar="N", help="most rows (default 1000)")
-
-
-def query(options: Namespace) -> Result:
-    """``vnet query``."""
-    from workers.query import Query
-    from workers.query import query as run
-
-    names = Query.__slots__
-    rows = run(open_session().root, Query(**{name: getattr(options, name) for name in names}))
-    columns = ("night", "cohort", "case", "state", "name", "volume_ml", "change_percent", "flags", "codes")
-    return Result(text_table(rows, columns) if rows else "no rows", [], {"rows": rows})
-
-
-QUERY = Command("query", "rows over all nights", "root", _query_arguments, query)
 
 
 def _serve_arguments(parser: ArgumentParser) -> None:
@@ -65,4 +37,31 @@ SERVE = Command(
     "root",
     _serve_arguments,
     serve,
+)
+
+
+def _deploy_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--api",
+        metavar="URL",
+        help="Prefect API, ending in /api (default: PREFECT_API_URL, else the server that runs on this root)",
+    )
+    parser.add_argument("--work-pool", metavar="NAME", help="work pool whose workers run what is asked for")
+
+
+def deploy(options: Namespace) -> Result:
+    """``vnet deploy``: deployments, schedules, automations and the block of the site file, in a Prefect server."""
+    from flows.deployments import deploy as run
+
+    changes = run(open_session(), options.api, options.work_pool)
+    text = "\n".join(f"{change:<10}  {name}" for name, change in changes.items())
+    return Result(text, [], {"changes": changes})
+
+
+DEPLOY = Command(
+    "deploy",
+    "the deployments, schedules and automations of the site file, to a Prefect server that runs elsewhere",
+    "root",
+    _deploy_arguments,
+    deploy,
 )

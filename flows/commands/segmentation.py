@@ -5,8 +5,11 @@ from __future__ import annotations
 import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from flows.commands.command import Command, Result
 from flows.commands.data import ingest_sources
@@ -14,16 +17,20 @@ from flows.commands.running import run_flow
 from flows.commands.tables import case_row, summary, text_table
 from flows.session import Session, open_session
 from vnet_core.errors import ConfigError
+from vnet_core.plan import config_error
 from workers.identity import Pseudonyms
+from workers.rules import DEFAULT_RULES, NightRules
 
 FORMATS = ("nifti", "mha", "nrrd", "ome-zarr", "dicom-seg", "rtstruct")
 """Formats of masks, by the names that ``--format`` takes."""
+SHOWN = 200
+"""Most rows of a night that are printed."""
 
 
 def _segment_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="folder, scan file, or manifest")
     parser.add_argument("--cohort", metavar="NAME", help="an ingested cohort, instead of sources")
-    parser.add_argument("--model", required=True, metavar="NAME[@VERSION]")
+    parser.add_argument("--model", required=True, metavar="NAME[@VERSION|@ALIAS]")
     parser.add_argument("--output", metavar="DIR", help="also copy every mask to DIR, named after its case")
     parser.add_argument("--format", default="nifti", choices=FORMATS, help="format of the masks")
 
@@ -52,17 +59,49 @@ SEGMENT = Command("segment", "segment scans or a cohort with a model", "api", _s
 
 def _nightly_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--cohort", required=True, metavar="NAME")
-    parser.add_argument("--model", required=True, metavar="NAME[@VERSION]")
+    parser.add_argument("--model", required=True, metavar="NAME[@VERSION|@ALIAS]")
     parser.add_argument("--format", default="nifti", choices=FORMATS, help="format of the masks")
+    parser.add_argument("--plan-only", action="store_true", help="say what the night would do and cost, and do nothing")
+    rules = parser.add_argument_group("rules", "what is left out is as in the site file, or as it stands without one")
+    rules.add_argument("--deadline", metavar="HH:MM", help="stop at this time of day; the rest is carried over")
+    rules.add_argument("--hours", type=float, metavar="N", help="stop after so many hours; the rest is carried over")
+    rules.add_argument("--retries", type=int, metavar="N", help="how often a failed case is tried again")
+    rules.add_argument(
+        "--quarantine-after", type=int, metavar="N", help="nights with a failure before a case is left alone"
+    )
+    rules.add_argument("--review", choices=("none", "flagged"), help="whether masks with a flag wait for a person")
+    rules.add_argument(
+        "--deliver", metavar="DIR", help="copy masks there that need no decision, named after their case"
+    )
+    rules.add_argument("--challenger-share", type=float, metavar="X", help="share that the model's challenger does too")
 
 
 def nightly(options: Namespace) -> Result:
     """``vnet nightly``."""
     from flows.cohorts import nightly as flow
+    from flows.cohorts import plan_night
 
     session = open_session()
-    data = run_flow(flow, cohort=options.cohort, model=options.model, mask_format=options.format)
-    return night_result(session, data, None)
+    asked = {
+        "cohort": options.cohort,
+        "model": options.model,
+        "mask_format": options.format,
+        "rules": _rules(session, options),
+    }
+    if options.plan_only:
+        found = run_flow(plan_night, **asked)["forecast"]
+        return Result(f"next night of cohort {options.cohort}: {found.words}", [], {"forecast": asdict(found)})
+    return night_result(session, run_flow(flow, **asked), None)
+
+
+def _rules(session: Session, options: Namespace) -> NightRules:
+    """Those of the cohort's schedule, if it has one, with what the options say on top."""
+    base = next((entry.rules for entry in session.site.nightly if entry.cohort == options.cohort), DEFAULT_RULES)
+    said = {name: getattr(options, name, None) for name in NightRules.model_fields}
+    try:
+        return NightRules(**{**base.model_dump(), **{name: value for name, value in said.items() if value is not None}})
+    except ValidationError as error:
+        raise config_error(error, NightRules, "rules") from None
 
 
 NIGHTLY = Command(
@@ -71,33 +110,49 @@ NIGHTLY = Command(
 
 
 def night_result(session: Session, data: Mapping[str, Any], output: str | None) -> Result:
-    """Cases of a night with their masks and volumes; masks are copied to ``output`` where it is given."""
-    from workers.masks import load_report
+    """Cases of a night with their masks and volumes; masks are copied to ``output`` where it is given.
 
-    cases, rows = [], []
+    A mask that waits for a decision or was rejected is not handed out.
+    """
+    from workers.decisions import published
+    from workers.masks import mask_file
+    from workers.nights import load_night
+    from workers.report import read_rows
+
+    root, cohort = session.root, data["cohort"]
+    rows = [row for row in read_rows(root, cohort, data["night"]) if row["result"]]
+    by_case: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], []).append(row)
+    name = mask_file(load_night(root, cohort, data["night"]).mask_format)
+    cases, held = [], 0
     for outcome in data["outcomes"]:
         case = case_row(outcome)
-        if outcome.done:
-            report = load_report(session.root, outcome.key)
-            mask = session.root.path(f"{outcome.key}/{report['mask']}")
-            if output:
+        if outcome.case in by_case:
+            parts = by_case[outcome.case]
+            review = parts[0]["review"] or ""
+            mask = root.path(f"{parts[0]['result']}/{name}") if published(review) else None
+            held += mask is None
+            if output and mask:
                 mask = copy_mask(mask, Path(output), outcome.case)
-            regions = report.get("regions", [])
-            case |= {"mask": str(mask), "labels": [_label(row) for row in report["labels"]]}
-            case |= {"regions": [_label(row) for row in regions]} if regions else {}
-            rows += [{"case": outcome.case, "state": outcome.state} | row for row in [*report["labels"], *regions]]
+            regions = [_label(row) for row in parts if row["label"] is None]
+            labels = [_label(row) for row in parts if row["label"] is not None]
+            case |= {"mask": str(mask) if mask else None, "review": review, "labels": labels}
+            case |= {"regions": regions} if regions else {}
         cases.append(case)
-    report_path = session.root.path(f"reports/{data['cohort']}/{data['night']}.csv")
-    for row in rows:
-        row["flags"] = " ".join(row["flags"])
+    report_path = root.path(f"reports/{cohort}/{data['night']}.csv")
     columns = ("case", "state", "name", "volume_ml", "components", "flags")
-    parts = [
-        f"night {data['night']} of cohort {data['cohort']}: {summary(data['outcomes'])}",
-        text_table(rows, columns) if rows else "",
+    lines = [
+        f"night {data['night']} of cohort {cohort}: {summary(data['outcomes'])}",
+        text_table(rows[:SHOWN], columns) if rows else "",
+        f"and {len(rows) - SHOWN} more rows, all in the table" if len(rows) > SHOWN else "",
+        f"{held} masks wait for a decision or were rejected: vnet review list --cohort {cohort}" if held else "",
         f"table: {report_path}",
-        f"masks: {Path(output).resolve() if output else session.root.path('results/' + data['cohort'])}",
+        f"masks: {Path(output).resolve() if output else root.path('results/' + cohort)}",
     ]
-    return Result("\n".join(p for p in parts if p), cases, {"night": data["night"], "report": str(report_path)})
+    return Result(
+        "\n".join(line for line in lines if line), cases, {"night": data["night"], "report": str(report_path)}
+    )
 
 
 def _label(row: Mapping[str, Any]) -> dict[str, Any]:

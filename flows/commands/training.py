@@ -1,4 +1,4 @@
-"""Commands that make a model, from a plan on: ``preprocess``, ``train``, ``plan`` and ``models``."""
+"""Commands that make a model, from a plan on: ``preprocess``, ``train`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -124,59 +124,3 @@ def plan(options: Namespace) -> Result:
 
 
 PLAN = Command("plan", "the plan that a cohort gets, and why", "root", _explain_arguments, plan)
-
-
-def _models_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("action", choices=("list", "show", "describe"))
-    parser.add_argument("model", nargs="?", metavar="NAME[@VERSION]|PRESET|FILE", help="describe: preset or plan file")
-    parser.add_argument("--channels", type=int, default=1, metavar="N", help="describe: channels of the image")
-    parser.add_argument("--classes", type=int, default=2, metavar="K", help="describe: classes with background")
-    parser.add_argument(
-        "--input", type=int, nargs=3, default=(64, 128, 128), metavar=("Z", "Y", "X"), help="describe: voxels"
-    )
-    parser.add_argument("--graph", type=Path, metavar="FILE", help="describe: draw the network (.png or .svg)")
-
-
-def models(options: Namespace) -> Result:
-    """``vnet models list|show|describe``."""
-    if options.action == "describe":
-        from flows.networks import describe
-
-        text, extra = describe(options, text_table)
-        return Result(text, [], extra)
-    from workers.models import load_model, versions
-
-    root = open_session().root
-    if options.action == "show":
-        if not options.model:
-            raise ConfigError("model.name", "vnet models show needs NAME or NAME@VERSION")
-        model = load_model(root, options.model)
-        text = f"{model.reference} {model.digest}\n{root.path(model.prefix)}\n" + "\n".join(
-            f"{name}: {value}" for name, value in {**model.facts["metrics"], **model.facts["training"]}.items()
-        )
-        return Result(text, [], {"model": model.facts, "digest": model.digest})
-    rows = []
-    for name in root.names("models"):
-        for version in versions(root, name):
-            facts = load_model(root, f"{name}@{version}").facts
-            scores = facts["metrics"]["validation_dice"].values()
-            rows.append(
-                {
-                    "model": f"{name}@{version}",
-                    "labels": " ".join(label["name"] for label in facts["labels"]),
-                    "networks": len(facts["weights"]),
-                    "steps": facts["training"]["steps"],
-                    "validation_dice": sum(scores) / len(scores) if scores else None,
-                }
-            )
-    columns = ("model", "labels", "networks", "steps", "validation_dice")
-    return Result(text_table(rows, columns) if rows else "no models", [], {"models": rows})
-
-
-MODELS = Command(
-    "models",
-    "trained models: list them, show one; describe a network before training",
-    "root",
-    _models_arguments,
-    models,
-)

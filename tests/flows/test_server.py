@@ -1,5 +1,6 @@
 """The local server, found, started, stopped, killed; its UI in a browser; runs asked for by form."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -18,6 +19,7 @@ import psutil
 import pytest
 
 from flows.server import ORPHANED, ServerProcess, check_api, prefect_environment, running_server, start_server
+from flows.serving import LOOK_S
 from tests.flows.browser import (
     call_api,
     open_artifact,
@@ -33,8 +35,10 @@ SERVE = """
 import os
 from prefect.flows import EntrypointType
 from flows.serving import serve_until_stopped
+from tests.flows.engine_flows import engines
 from tests.flows.sample_flows import report, stall
-deployments = [flow.to_deployment("local", entrypoint_type=EntrypointType.MODULE_PATH) for flow in (report, stall)]
+flows = (report, stall, engines)
+deployments = [flow.to_deployment("local", entrypoint_type=EntrypointType.MODULE_PATH) for flow in flows]
 serve_until_stopped(deployments, os.environ["PREFECT_API_URL"], grace_s=4)
 print("stopped")
 """
@@ -96,7 +100,7 @@ def served(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> I
     with subprocess.Popen(
         [sys.executable, "-c", SERVE], cwd=home, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
-        until(lambda: len(call_api(server.url, "/deployments/filter", {})) == 2 or process.poll() is not None)
+        until(lambda: len(call_api(server.url, "/deployments/filter", {})) == 3 or process.poll() is not None)
         yield process
         process.kill()
 
@@ -292,14 +296,80 @@ def test_a_form_runs_a_deployment_and_its_artifacts_show(server: ServerProcess, 
         assert all("amplitude" in text or "198.51.100.1" in text for text in refused), refused
 
 
+def start_run(server: ServerProcess, deployment_name: str, **parameters: object) -> str:
+    """Ask for a run of ``flow/deployment`` now; its id."""
+    deployment = call_api(server.url, f"/deployments/name/{deployment_name}")
+    asked = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+    return call_api(server.url, f"/deployments/{deployment['id']}/create_flow_run", asked)["id"]
+
+
+def state_of(server: ServerProcess, run_id: str) -> dict:
+    return call_api(server.url, f"/flow_runs/{run_id}")["state"]
+
+
+def family_of(served: subprocess.Popen[str], run_id: str) -> tuple[psutil.Process, set[psutil.Process]]:
+    """The process of a run, and everything that it has started."""
+    for child in psutil.Process(served.pid).children():
+        with contextlib.suppress(psutil.Error):
+            if child.environ().get("PREFECT__FLOW_RUN_ID") == run_id:
+                return child, {child, *child.children(recursive=True)}
+    raise AssertionError("the run has no process")
+
+
+def alive(family: set[psutil.Process]) -> list[str]:
+    return [one.name() for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_cancelled_run_ends_with_its_engines_and_so_does_one_whose_process_is_killed(
+    server: ServerProcess, served: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    """Ray, Dask and a child in a session of its own, within 30 s, and a killed run is Crashed within a minute."""
+    for ending, final, limit_s in (("cancelled", "CANCELLED", 30), ("killed", "CRASHED", 30)):
+        marker = tmp_path / ending
+        run_id = start_run(server, "engines/local", marker=str(marker))
+        until(marker.exists, 120)
+        run, family = family_of(served, run_id)
+        assert {"raylet", "gcs_server"} <= {process.name() for process in family}
+        assert len(family) > 6
+        # one look of the keeper's, by which it knows the engines
+        time.sleep(LOOK_S + 1)
+        if ending == "cancelled":
+            call_api(server.url, f"/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}})
+        else:
+            run.kill()
+        until(lambda f=family, i=run_id, t=final: not alive(f) and state_of(server, i)["type"] == t, limit_s)
+        left = [p.pid for p in psutil.process_iter() if environ_of(p).get("PREFECT__FLOW_RUN_ID") == run_id]
+        assert left == []
+
+
+def environ_of(process: psutil.Process) -> dict[str, str]:
+    with contextlib.suppress(psutil.Error):
+        return process.environ()
+    return {}
+
+
+def test_a_cancelled_run_that_will_not_end_is_killed_and_still_cancelled(
+    server: ServerProcess, served: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    """Its grace is 4 s here; Prefect alone would wait for 30 s."""
+    run_id = start_run(server, "sample-stall/local", marker=str(tmp_path / "marker"), cleaning_s=300)
+    until(lambda: (tmp_path / "marker").exists() and (tmp_path / "marker").read_text(), 60)
+    _, family = family_of(served, run_id)
+    assert len(family) == 2
+    call_api(server.url, f"/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}})
+    began = time.monotonic()
+    until(lambda: not alive(family), 20)
+    assert time.monotonic() - began > 3
+    until(lambda: state_of(server, run_id)["type"] == "CANCELLED", 20)
+    assert (tmp_path / "marker").read_text().count("\n") == 1, "it has cleaned up after all"
+
+
 def test_serving_stops_runs_in_good_order(server: ServerProcess, served: subprocess.Popen[str], tmp_path: Path) -> None:
-    deployment = call_api(server.url, "/deployments/name/sample-stall/local")
     markers = {"willing": tmp_path / "willing", "stubborn": tmp_path / "stubborn"}
     run_ids = {}
     for name, marker in markers.items():
-        parameters = {"marker": str(marker), "cleaning_s": 300 if name == "stubborn" else 0}
-        asked = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
-        run_ids[name] = call_api(server.url, f"/deployments/{deployment['id']}/create_flow_run", asked)["id"]
+        cleaning_s = 300 if name == "stubborn" else 0
+        run_ids[name] = start_run(server, "sample-stall/local", marker=str(marker), cleaning_s=cleaning_s)
     until(lambda: all(marker.exists() and marker.read_text() for marker in markers.values()))
     family = psutil.Process(served.pid).children(recursive=True)
     grandchildren = {name: int(marker.read_text()) for name, marker in markers.items()}
@@ -312,7 +382,7 @@ def test_serving_stops_runs_in_good_order(server: ServerProcess, served: subproc
     assert markers["willing"].read_text() == f"{grandchildren['willing']}\ncleaned\n"
     assert markers["stubborn"].read_text() == f"{grandchildren['stubborn']}\n"
     until(lambda: all(gone(process.pid) for process in family), 5)
-    willing, stubborn = (call_api(server.url, f"/flow_runs/{run_ids[name]}")["state"] for name in markers)
+    willing, stubborn = (state_of(server, run_ids[name]) for name in markers)
     assert (willing["name"], willing["message"]) == ("Crashed", "Execution was aborted by a termination signal.")
     assert (stubborn["name"], stubborn["message"]) == ("Crashed", ORPHANED)
     assert call_api(server.url, "/deployments/name/sample-stall/local")["paused"] is False

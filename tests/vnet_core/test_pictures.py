@@ -13,7 +13,7 @@ from vnet_core.colours import COLOURS, rgb
 from vnet_core.errors import ScanError
 from vnet_core.geometry import CANONICAL_DIRECTION, Geometry, Reorientation, matrix_of
 from vnet_core.phantoms import LABELS, PhantomSpec, oblique_direction, phantom
-from vnet_core.pictures import MAX_BYTES, ROWS, qc_picture
+from vnet_core.pictures import MAX_BYTES, ROWS, light_picture, qc_picture
 from vnet_core.plan import Label
 
 ORGAN, LESION = LABELS
@@ -116,8 +116,43 @@ def test_rows_go_to_the_largest_labels_in_descending_order():
     # the headings begin with the label's colour, near the left edge
     column = [tuple(int(v) for v in p) for p in rgb[:, 18]]
     swatches = [c for c, before in zip(column[1:], column, strict=False) if c != before and len(set(c)) > 1]
-    expected = [COLOURS[value - 1] for value in (2, 4, 5, 1)]
+    # below the rows the legend has the first of each line of three
+    expected = [COLOURS[value - 1] for value in (2, 4, 5, 1, 2, 1)]
     assert [f"#{r:02X}{g:02X}{b:02X}" for r, g, b in swatches] == expected
+
+
+def test_the_legend_names_every_label_below_the_rows():
+    labels = np.zeros((40, 40, 40), np.uint8)
+    labels[4:8, 10:30, 10:30] = 1
+    structures = [Label(value=v, name=f"structure {v}") for v in range(1, 8)]
+    one, all_of_them = (
+        qc_picture(np.zeros(labels.shape), labels, grid(labels.shape), s) for s in (structures[:1], structures)
+    )
+    (height, width, _), (taller, same, _) = pixels(one).shape, pixels(all_of_them).shape
+    assert width == same == 844
+    assert taller == height + 2 * 20
+    # a swatch in the heading and one in the legend, as tall as it is wide
+    rows = np.flatnonzero(np.all(pixels(one)[:, 18] == ORANGE, axis=1))
+    assert len(rows) == 22
+    assert rows[11] > 0.8 * height
+
+
+def test_a_light_picture_is_the_same_picture_within_its_limit():
+    rng = np.random.default_rng(0)
+    image, labels = (v.voxels[0] for v in phantom(PhantomSpec(seed=1, shape=(48, 64, 64))))
+    png = qc_picture(image, labels, grid(labels.shape), LABELS)
+    light = light_picture(png, 60_000)
+    assert len(light) <= 60_000 < len(png)
+    with Image.open(io.BytesIO(light)) as picture:
+        assert picture.format == "WEBP"
+        shown, whole = np.asarray(picture.convert("RGB")).astype(int), pixels(png)
+    assert shown.shape == whole.shape
+    assert np.abs(shown - whole).mean() < 6
+    assert light_picture(png, 60_000) == light
+    out = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (600, 900, 3), dtype=np.uint8)).save(out, "PNG")
+    with Image.open(io.BytesIO(light_picture(out.getvalue(), 60_000))) as noise:
+        assert 300 <= noise.width < 900
 
 
 def test_each_plane_is_cut_where_the_label_is_largest():

@@ -7,11 +7,19 @@ from scipy.spatial.transform import Rotation
 
 from vnet_core.decide import most_probable
 from vnet_core.errors import ScanError
-from vnet_core.geometry import CANONICAL_DIRECTION, Geometry, matrix_of, same_grid, to_canonical, world_mm
+from vnet_core.geometry import (
+    CANONICAL_DIRECTION,
+    Geometry,
+    check_label_grid,
+    matrix_of,
+    same_grid,
+    to_canonical,
+    world_mm,
+)
 from vnet_core.phantoms import PhantomSpec, phantom
-from vnet_core.preprocess import check_label_grid, foreground_box, normalise, prepare, restore, without_bias
+from vnet_core.preprocess import normalise, prepare, restore, without_bias
 from vnet_core.sections import PreprocessPlan
-from vnet_core.volume import Volume
+from vnet_core.volume import Volume, foreground_box
 
 TILTED = Rotation.from_euler("zyx", [20, -35, 50], degrees=True).as_matrix()
 GRIDS = {

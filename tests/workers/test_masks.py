@@ -1,25 +1,32 @@
 """Masks: every format holds what was computed, reads back where it lay, or is not published."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pydicom
 import pytest
+import safetensors.torch
 
 from tests.workers.dicom.series_maker import attributes, voxels_of, write_series
+from tests.workers.known_model import SHARPNESS, known_network, known_plan
 from vnet_core.errors import ConfigError, ScanError, StorageError
 from vnet_core.geometry import Geometry, matrix_of
 from vnet_core.plan import Label, Plan
 from vnet_core.sections import OutputPlan
+from vnet_core.spread import Spread
 from vnet_core.volume import Volume
 from workers import masks
 from workers.arrays import write_ome_labels
-from workers.cohort import Case
+from workers.cohort import Case, source_digest
 from workers.dicom.derived import Algorithm
 from workers.masks import NO_PICTURE, Mask, MaskFormat, check_format, load_report, mask_file, publish_mask, written
+from workers.models import Target, publish
+from workers.preprocess import preprocess_case
 from workers.scans import read_geometry, read_label, write_label, write_volume
+from workers.segment import Job, Segmenter
 from workers.store import Root
 
 LABELS = [{"value": 1, "name": "liver"}, {"value": 2, "name": "tumour"}, {"value": 4, "name": "left kidney"}]
@@ -190,6 +197,69 @@ def test_regions_are_told_beside_the_labels(root, tmp_path):
     regions = [{"name": "whole", "values": [1, 2], "paints": 1}, {"name": "core", "values": [2], "paints": 2}]
     publish_mask(root, "k", mask_of(scan(tmp_path / "scan"), head="sigmoid", regions=regions))
     assert [(row["name"], row["voxels"]) for row in load_report(root, "k")["regions"]] == [("whole", 24), ("core", 12)]
+
+
+# --- how far passes lie apart
+
+
+def test_rows_tell_how_far_the_passes_lie_apart(root, tmp_path):
+    """Published are 12, 12 and 1 voxels; on the network's grid the mean has 6, 3 and 0, the other pass is given."""
+    regions = [{"name": "whole", "values": [1, 2], "paints": 1}]
+    mask = mask_of(scan(tmp_path / "scan"), head="sigmoid", regions=regions)
+    agreeing = np.diag([90, 6, 3, 0])
+    other = np.array([[89, 1, 0, 0], [0, 5, 1, 0], [0, 0, 1, 2], [0, 0, 0, 0]])
+    spread = Spread(np.stack([agreeing, other]), (0, 1, 2, 4), voxel_ml=0.5)
+    publish_mask(root, "one", mask)
+    publish_mask(root, "many", replace(mask, spread=spread))
+    one, many = load_report(root, "one"), load_report(root, "many")
+    voxel_ml = mask.case.geometry.voxel_ml
+    liver, tumour, kidney = many["labels"]
+    # liver: 6 against 1 + 5 voxels, 5 in common; one published voxel pair per voxel of the mean
+    assert (liver["volume_low_ml"], liver["volume_high_ml"]) == (liver["volume_ml"], liver["volume_ml"])
+    assert liver["agreement"] == pytest.approx(10 / 12)
+    # tumour: 3 against 2 voxels, 1 in common; 12 published for 3
+    assert tumour["volume_low_ml"] == pytest.approx(8 * voxel_ml)
+    assert tumour["volume_high_ml"] == pytest.approx(12 * voxel_ml)
+    assert tumour["agreement"] == pytest.approx(2 / 5)
+    # kidney: none against 2 voxels of the network's own size
+    assert (kidney["volume_low_ml"], kidney["volume_high_ml"], kidney["agreement"]) == (0.0, 1.0, 0.0)
+    # whole: 9 against 8 voxels, 7 in common; 24 published for 9
+    (whole,) = many["regions"]
+    assert whole["volume_low_ml"] == pytest.approx(24 * voxel_ml * 8 / 9)
+    assert whole["volume_high_ml"] == pytest.approx(24 * voxel_ml)
+    assert whole["agreement"] == pytest.approx(14 / 17)
+    columns = {"volume_low_ml", "volume_high_ml", "agreement"}
+    for alone, of_many in zip(one["labels"] + one["regions"], many["labels"] + many["regions"], strict=True):
+        assert {k: v for k, v in of_many.items() if k not in columns} == alone
+    assert root.get("one/mask.nii.gz") == root.get("many/mask.nii.gz")
+
+
+def test_a_model_of_two_networks_tells_how_far_they_lie_apart(root, tmp_path):
+    """The first network finds grey values from 250 on, the second from 400 on, their mean from 325 on."""
+    plan = known_plan((2.0, 2.0, 2.0), crop=False)
+    first, second = known_network(plan), known_network(plan)
+    second.head.convolution.bias.data[1] = SHARPNESS * 0.2
+    weights = [safetensors.torch.save(network.state_dict()) for network in (first, second)]
+    publish(root, Target("two", "v1", plan), weights, {}, {})
+    publish(root, Target("one", "v1", plan), weights[:1], {}, {})
+    grey = np.zeros((1, 9, 10, 11), np.int16)
+    grey[0, 1, 1, 1:11], grey[0, 3, 3, 1:6], grey[0, 5, 5, 1:4] = 500, 300, 1000
+    geometry = Geometry(grey.shape[1:], (2.0, 2.0, 2.0), (0.0, 0.0, 0.0))
+    path = tmp_path / "scan.nii.gz"
+    write_volume(path, Volume(grey, geometry))
+    case = Case("one", (str(path),), digest=source_digest([str(path)]), geometry=geometry)
+    assert preprocess_case(root.url, case, plan).done
+    told = {}
+    for model in ("one", "two"):
+        outcome = Segmenter(root.url, model, 1).segment(Job("c", case, "nifti"))
+        assert outcome.state == "computed", outcome
+        told[model] = load_report(root, outcome.key)["labels"]
+    figures = ("voxels", "volume_low_ml", "volume_high_ml", "agreement")
+    found, white = ([row[figure] for figure in figures] for row in told["two"])
+    assert found == pytest.approx([10, 10 * 0.008, 15 * 0.008, 2 * 10 / 25])
+    assert white == pytest.approx([3, 3 * 0.008, 3 * 0.008, 1.0])
+    assert [row["voxels"] for row in told["one"]] == [15, 3]
+    assert not set(figures[1:]) & set(told["one"][0])
 
 
 # --- pictures

@@ -49,7 +49,14 @@ def error_of(kind, root: Root, reference: str):
 def test_a_bundle_by_hand(root):
     model = published(root, metrics={"dice": 0.9})
     assert (model.name, model.version, model.reference, model.prefix) == ("liver", "v1", "liver@v1", "models/liver/v1")
-    assert root.names("models/liver/v1") == ["dice.csv", "loss.png", "model.json", RECEIPT, "weights.safetensors"]
+    assert root.names("models/liver/v1") == [
+        "card.md",
+        "dice.csv",
+        "loss.png",
+        "model.json",
+        RECEIPT,
+        "weights.safetensors",
+    ]
     facts = root.get_json("models/liver/v1/model.json")
     assert facts == model.facts
     assert facts["channels"] == ["T1", "T2"]

@@ -8,7 +8,8 @@ import pytest
 
 from vnet_core.errors import ConfigError
 from workers.clusters import Engines, processors
-from workers.site import Site, load_site
+from workers.rules import NightRules
+from workers.site import Nightly, Site, load_site
 
 WHOLE = """
 root = "file:///srv/vnet"
@@ -21,15 +22,38 @@ gpus_per_worker = 0.5
 batch_cases = 16
 timezone = "Europe/Berlin"
 ui_port = 4300
+notify_url = "json://127.0.0.1:9000/told"
 
 [[nightly]]
 cohort = "liver"
 model = "liver@v3"
 cron = "30 2 * * *"
+catch_up = "skip"
+watch = true
+watch_quiet_s = 20.0
+success_by = "06:30"
+most_failures = 5
+
+[nightly.rules]
+deadline = "06:00"
+hours = 5.5
+retries = 2
+retry_delay_s = 10.0
+quarantine_after = 4
+review = "flagged"
+deliver = "/srv/masks"
+challenger_share = 0.2
 
 [[nightly]]
 cohort = "spleen"
 model = "spleen"
+
+[retention]
+nights_days = 400
+results_days = 30
+spares_days = 10
+artifacts_days = 90
+grace_hours = 30.0
 
 [identity]
 ids = "pseudonyms"
@@ -70,7 +94,11 @@ def test_every_key_is_read(tmp_path):
     assert set(mapping) == set(Site.model_fields)
     nightly = mapping.pop("nightly")
     assert site.model_dump(exclude={"nightly"}) == mapping
-    assert [entry.model_dump() for entry in site.nightly] == [nightly[0], {**nightly[1], "cron": "0 1 * * *"}]
+    assert set(nightly[0]) == set(Nightly.model_fields)
+    assert set(nightly[0]["rules"]) == set(NightRules.model_fields)
+    assert site.nightly[0].model_dump() == nightly[0]
+    assert site.nightly[1] == Nightly(**nightly[1])
+    assert site.nightly[1].cron == "0 1 * * *"
     engines = site.engines
     assert engines == Engines(
         dask_address="tcp://10.0.0.5:8786",

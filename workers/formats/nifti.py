@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
 
 from vnet_core.errors import ScanError
@@ -135,6 +134,8 @@ def second_opinion(path: Path, grid: FileGrid, transform: Transform) -> tuple[st
     """
     if _opened(path, path.name.lower().endswith(".gz"))[0].size != 348:
         return ()
+    import SimpleITK as sitk  # 90 MiB, which a night that reads no scan does without
+
     reader = sitk.ImageFileReader()
     reader.SetImageIO("NiftiImageIO")
     with _quiet_itk(), _encodable(path) as name:
@@ -314,6 +315,8 @@ def _encodable(path: Path) -> Iterator[str]:
 @contextmanager
 def _quiet_itk() -> Iterator[None]:
     """Keep C++ warnings off standard error: they are checked for here, and they name files."""
+    import SimpleITK as sitk
+
     before = sitk.ProcessObject.GetGlobalWarningDisplay()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:

@@ -1,0 +1,207 @@
+"""One night from the cohort's entries to the report; what a dead one left open is closed by the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from prefect import get_run_logger
+
+from flows.session import Session
+from flows.shift import Assignment, Shift, carried_over
+from flows.stages import refusals, usable
+from flows.tasks import Progress, report_night
+from vnet_core.errors import ConfigError
+from vnet_core.geometry import Geometry
+from workers import attempts, nights
+from workers.attempts import Failure
+from workers.cohort import Entry, check_reading, load_cohort, load_entries
+from workers.events_log import EventLog
+from workers.failpoints import fail_point
+from workers.forecast import Forecast, Kind, forecast, kind_of, recorded_cost
+from workers.ingest import preview
+from workers.leases import Run, run
+from workers.ledger import Outcome
+from workers.masks import MaskFormat, mask_file
+from workers.models import Model, load_model
+from workers.nights import Night
+from workers.report import write_night
+from workers.rules import NightRules
+from workers.segment import STAGE, Job, key_of
+
+MIRROR_AXES = (0, 1, 2)
+"""What a person's "run again with mirroring" mirrors along: z, y, x."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a night is asked for."""
+
+    cohort: str
+    model: str
+    """Reference of a model."""
+    mask_format: MaskFormat
+    rules: NightRules
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a night left."""
+
+    night: Night
+    outcomes: list[Outcome]
+    """One per case, by case."""
+    rows: list[dict[str, Any]]
+    jobs: list[Job]
+    """All that could be segmented, whether they were or not."""
+
+
+def checked_model(session: Session, order: Order) -> Model:
+    """The model of an order. ConfigError ``mask.format``, ``plan.reading``, ``model.channels`` and those of loading."""
+    mask_file(order.mask_format)
+    model = load_model(session.root, order.model)
+    cohort = load_cohort(session.root, order.cohort)
+    check_reading(cohort, model.plan)
+    if len(cohort.channels) != len(model.plan.channels):
+        raise ConfigError(
+            "model.channels",
+            f"cohort {order.cohort} has {len(cohort.channels)} channels {cohort.channels}, model {model.reference}"
+            f" takes {len(model.plan.channels)} {model.plan.channels}; choose one that was trained on these channels",
+        )
+    return model
+
+
+def run_night(session: Session, order: Order, model: Model, started: datetime) -> Result:
+    """Segment what has no mask yet, and report on all; started in UTC.
+
+    Whatever ends it, its record and one row per case are written: by itself, or by the next night when it was killed.
+    """
+    root = session.root
+    with run(root) as own:
+        for dead in nights.abandoned(root, order.cohort):
+            close_abandoned(session, dead)
+        entries = load_entries(root, order.cohort)
+        rules = order.rules.model_dump(mode="json")
+        night = Night("", order.cohort, model.reference, "", mask_format=order.mask_format, run=own.id, rules=rules)
+        night = nights.begin(root, night, started)
+        fail_point("night:begun")
+        jobs = jobs_of(session, order, model, entries)
+        shift = _shift(session, own, order, model, night, len(entries))
+        try:
+            shift.add(refusals(entries))
+            shift.sort_out(jobs, attempts.failures(root, order.cohort))
+            stopped = shift.work()
+        except BaseException:
+            # also when it is cancelled: a row for every case, and no time for more than that
+            shift.carry_over([entry.case.id for entry in entries], "cancelled")
+            ended = nights.ended(night, list(shift.settled.values()), "cancelled", session.clock())
+            write_night(root, ended, _by_case(shift.settled), entries)
+            nights.save(root, ended)
+            raise
+        outcomes = _by_case(shift.settled)
+        _remember(session, order, model, night, jobs, shift.settled)
+        ended = nights.ended(night, outcomes, stopped, session.clock())
+        fail_point("night:rows")
+        rows = report_night(root, ended, outcomes, entries)
+        fail_point("night:record")
+        nights.save(root, ended)
+    return Result(ended, outcomes, rows, jobs)
+
+
+def jobs_of(session: Session, order: Order, model: Model, entries: Sequence[Entry]) -> list[Job]:
+    """A job for every usable case, with mirroring where a person asked for it."""
+    from workers.decisions import mirrored
+
+    wanted = mirrored(session.root, order.cohort)
+    jobs = []
+    for case in usable(entries):
+        job = Job(order.cohort, case, order.mask_format)
+        again = wanted and key_of(job, model) in wanted
+        jobs.append(Job(order.cohort, case, order.mask_format, MIRROR_AXES) if again else job)
+    return jobs
+
+
+def _shift(session: Session, own: Run, order: Order, model: Model, night: Night, cases: int) -> Shift:
+    log = EventLog(session.root, order.cohort, night.id)
+    progress = Progress(f"night {order.cohort}", cases, f"Night {night.id} of cohort {order.cohort}")
+
+    def settled(outcome: Outcome) -> None:
+        log(outcome, session.clock())
+        progress(outcome)
+        fail_point("night:settled")
+
+    started = datetime.fromisoformat(night.started).astimezone(session.site.zone)
+    return Shift(session, own, Assignment(order.cohort, model, order.rules, started), settled)
+
+
+def _remember(
+    session: Session, order: Order, model: Model, night: Night, jobs: Sequence[Job], settled: Mapping[str, Outcome]
+) -> None:
+    """Keep in mind what failed, and forget it where it went well."""
+    root, failed = session.root, attempts.failures(session.root, order.cohort)
+    for job in jobs:
+        outcome = settled[job.case.id]
+        if outcome.done:
+            if job.case.id in failed:
+                attempts.forget(root, order.cohort, job.case.id)
+        elif outcome.state == "failed" and outcome.codes[0] != attempts.QUARANTINED:
+            failure = attempts.failure_of(outcome, key_of(job, model), night.id, session.clock())
+            attempts.add_failure(root, order.cohort, job.case.id, failure)
+
+
+def close_abandoned(session: Session, night: Night) -> None:
+    """Write the rows and the record of a night whose process died, from what it left in the root."""
+    root = session.root
+    entries = load_entries(root, night.cohort)
+    order = Order(night.cohort, night.model, night.mask_format, NightRules(**night.rules))
+    model = load_model(root, night.model)
+    failed = attempts.failures(root, night.cohort)
+    outcomes = refusals(entries)
+    for job in jobs_of(session, order, model, entries):
+        outcomes.append(_found(session, night, job, key_of(job, model), failed.get(job.case.id, ())))
+    outcomes.sort(key=lambda outcome: outcome.case)
+    ended = nights.ended(night, outcomes, "died", session.clock())
+    write_night(root, ended, outcomes, entries)
+    nights.save(root, ended)
+    get_run_logger().warning("night %s of cohort %s had died; its record is closed now", night.id, night.cohort)
+
+
+def _found(session: Session, night: Night, job: Job, key: str, failed: Sequence[Failure]) -> Outcome:
+    """What became of a case in a night that died."""
+    receipt = session.root.receipt(key)
+    if receipt is not None:
+        if receipt.get("run") != night.run:
+            return Outcome(job.case.id, STAGE, "cached", key=key)
+        costs = {"seconds": receipt["seconds"], "peak_bytes": receipt["peak_bytes"]}
+        return Outcome(job.case.id, STAGE, "computed", key=key, **costs)
+    last = next((failure for failure in failed if failure.night == night.id), None)
+    if last:
+        return Outcome(job.case.id, last.stage, "failed", last.codes, last.message)
+    return carried_over(job.case.id, "died")
+
+
+def _by_case(settled: Mapping[str, Outcome]) -> list[Outcome]:
+    return [settled[case] for case in sorted(settled)]
+
+
+def expected(session: Session, order: Order) -> Forecast:
+    """What the next night would do with the cohort's sources as they are now; no scan is read."""
+    root, model = session.root, checked_model(session, order)
+    seen = preview(root, order.cohort)
+    failed = attempts.failures(root, order.cohort)
+    refused = sum(not entry.verdict.usable for entry in seen.unchanged)
+    unread: tuple[tuple[Kind, int], ...] = (
+        ("new", len(seen.new)),
+        ("changed", len(seen.changed)),
+        ("refused", refused),
+    )
+    kinds: list[tuple[Kind, Geometry | None]] = [(kind, None) for kind, number in unread for _ in range(number)]
+    jobs = jobs_of(session, order, model, seen.unchanged)
+    for job in jobs:
+        found = failed.get(job.case.id, ())
+        kind = kind_of(root, order.cohort, job.case, key_of(job, model), found, order.rules.quarantine_after)
+        kinds.append((kind, job.case.geometry))
+    cost = recorded_cost(root, {job.case.id: job.case for job in jobs}, order.cohort, model.digest)
+    return forecast(kinds, cost, session.site.engines.segment_workers)

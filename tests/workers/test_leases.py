@@ -1,0 +1,151 @@
+"""Leave to work: one run at a time, takeover from the dead, and fencing of those that come back."""
+
+import json
+import multiprocessing
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.flows.command import until
+from vnet_core.errors import StorageError
+from workers.leases import GRACE_S, Claim, Run, check, is_alive, run
+from workers.store import Root
+
+WORK = "results/liver/a/0123"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Root:
+    return Root(tmp_path)
+
+
+def heard_of(root: Root, run_id: str, seconds_ago: float, host: str = "elsewhere") -> Run:
+    """A run on another machine whose last beat is so old."""
+    beat = (datetime.now(UTC) - timedelta(seconds=seconds_ago)).isoformat()
+    root.put_json(f"runs/{run_id}.json", {"host": host, "pid": 1, "born": 0.0, "beat": beat})
+    return Run(root, run_id)
+
+
+def test_of_two_runs_one_gets_the_work_and_the_other_after_it_is_given_back(root: Root) -> None:
+    with run(root) as first, run(root) as second:
+        claim = first.claim(WORK)
+        assert claim is not None
+        assert claim.number == 1
+        assert second.claim(WORK) is None
+        assert first.claim(WORK) == claim, "asking twice is no second claim"
+        first.give_back(claim)
+        assert root.names("leases") == []
+        assert second.claim(WORK) is not None
+
+
+def test_other_work_is_free(root: Root) -> None:
+    with run(root) as first, run(root) as second:
+        assert first.claim(WORK)
+        assert second.claim(f"{WORK}4")
+
+
+def test_of_many_threads_exactly_one_gets_it(root: Root) -> None:
+    runs = [heard_of(root, f"run{n}", 0) for n in range(8)]
+    start = threading.Barrier(8)
+
+    def claim(one: Run) -> Claim | None:
+        start.wait()
+        return one.claim(WORK)
+
+    for round_number in range(20):
+        with ThreadPoolExecutor(8) as pool:
+            got = [found for found in pool.map(claim, runs) if found]
+        assert len(got) == 1, round_number
+        Run(root, got[0].run).give_back(got[0])
+
+
+@pytest.mark.parametrize(("seconds", "alive"), [(0, True), (GRACE_S - 10, True), (GRACE_S + 1, False)])
+def test_a_run_elsewhere_lives_as_long_as_it_is_heard_of(root: Root, seconds: float, alive: bool) -> None:
+    heard_of(root, "far", seconds)
+    assert is_alive(root, "far") is alive
+
+
+def test_a_run_of_this_machine_is_dead_as_soon_as_its_process_is(root: Root) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    facts = {
+        "host": socket.gethostname(),
+        "pid": process.pid,
+        "born": psutil.Process(process.pid).create_time(),
+        "beat": datetime.now(UTC).isoformat(),
+    }
+    root.put_json("runs/near.json", facts)
+    assert is_alive(root, "near")
+    process.kill()
+    until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
+    assert not is_alive(root, "near"), "a zombie does no work"
+    process.communicate()
+    assert not is_alive(root, "near")
+    # its number under another process is not the run
+    root.put_json("runs/near.json", {**facts, "pid": psutil.Process().pid, "born": 0.0})
+    assert not is_alive(root, "near")
+
+
+def test_a_dead_run_is_taken_over_and_must_not_publish_when_it_wakes(root: Root) -> None:
+    asleep = heard_of(root, "asleep", 0)
+    old = asleep.claim(WORK)
+    assert old is not None
+    heard_of(root, "asleep", GRACE_S + 1)
+    with run(root) as own:
+        new = own.claim(WORK)
+        assert new is not None
+        assert new.number == old.number + 1
+        check(root, new)
+        heard_of(root, "asleep", 0)  # it wakes
+        with pytest.raises(StorageError, match="another has taken the case over") as raised:
+            check(root, old)
+        assert raised.value.code == "night.taken-over"
+        asleep.give_back(old)
+        check(root, new)  # what it gives back is not the other's
+        own.give_back(new)
+        with pytest.raises(StorageError):
+            check(root, old)
+    assert root.names("leases") == []
+
+
+def test_a_run_that_is_over_leaves_nothing(root: Root) -> None:
+    with run(root) as own:
+        assert is_alive(root, own.id)
+    assert not is_alive(root, own.id)
+    assert root.names("runs") == []
+
+
+def claim_and_wait(folder: str, ready: "multiprocessing.synchronize.Event") -> None:
+    with run(Root(folder)) as own:
+        assert own.claim(WORK)
+        ready.set()
+        signal.pause()
+
+
+def test_a_killed_process_leaves_a_claim_that_the_next_run_takes_over_at_once(root: Root) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    process = context.Process(target=claim_and_wait, args=(str(root.folder), ready))
+    process.start()
+    assert ready.wait(60)
+    with run(root) as own:
+        assert own.claim(WORK) is None
+        process.kill()
+        process.join()
+        claim = own.claim(WORK)
+    assert claim is not None
+    assert claim.number == 2
+
+
+def test_a_claim_holds_only_its_runs_id(root: Root) -> None:
+    with run(root) as own:
+        claim = own.claim(WORK)
+        assert claim is not None
+        assert json.loads(root.get(claim.key)) == {"run": own.id}

@@ -1,0 +1,50 @@
+"""Many tiny scans whose masks are known, a model that finds them, and a root to put them in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+
+from tests.workers.known_model import known_network, known_plan, scan_of
+from vnet_core.geometry import Geometry
+from vnet_core.volume import Volume
+from workers.ingest import Names, ingest
+from workers.ledger import Outcome
+from workers.models import Model, Target, publish
+from workers.scans import write_volume
+from workers.store import Root
+
+SIDE = 8
+SPACING_MM = (2.0, 2.0, 2.0)
+"""A voxel is 0.008 mL."""
+MODEL = "known"
+
+
+def write_scan(folder: Path, case: str, seed: int, voxels: int = 8) -> Path:
+    """A scan in which the model finds a cuboid of ``voxels`` voxels of label 2 in the middle, 0.008 mL each."""
+    mask = np.zeros((SIDE, SIDE, SIDE), np.uint8)
+    depth, rest = divmod(voxels, 4)
+    assert rest == 0, "whole layers of 2 x 2"
+    mask[2 : 2 + depth, 3:5, 3:5] = 2
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{case}.nii"
+    geometry = Geometry((SIDE, SIDE, SIDE), SPACING_MM, (0.0, 0.0, 0.0))
+    write_volume(path, Volume(scan_of(mask, seed)[None], geometry))
+    return path
+
+
+def publish_model(root: Root, version: str = "v1", **inference: object) -> Model:
+    """The model that finds grey values above 250 as label 2."""
+    plan = known_plan(SPACING_MM, crop=False, **inference)
+    weights = safetensors.torch.save(known_network(plan).state_dict())
+    return publish(root, Target(MODEL, version, plan), [weights], {"metrics": {"validation_dice": {}}}, {})
+
+
+def take_in(root: Root, cohort: str, sources: Sequence[Path]) -> list[Outcome]:
+    """Ingest."""
+    with ThreadPoolExecutor(2) as executor:
+        return ingest(root, cohort, [str(source) for source in sources], executor, Names())[1]

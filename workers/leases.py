@@ -1,0 +1,146 @@
+"""Who works on what: two runs of one cohort at once never do the same case, and what a dead run held is taken over.
+
+A run is alive as long as its object ``runs/<run>.json`` is young and, where it is of this machine, its process exists.
+A claim on a piece of work is the object ``leases/<digest of the work's key>-<number>.json`` with the highest number;
+numbers are created exclusively, so of two runs one gets it. The number fences: a run that was taken for dead and wakes
+finds a higher one and must not publish. A claim that is given back is removed with those before it.
+
+The clocks of machines that share a root must agree to within seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from uuid import uuid4
+
+import psutil
+
+from vnet_core.errors import StorageError
+from vnet_core.plan import digest_of
+from workers.store import Root
+
+BEAT_S = 10.0
+"""A live run writes its object this often."""
+GRACE_S = 45.0
+"""A run on another machine that has been silent for so long is dead; four beats and a little."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Leave to do a piece of work, until somebody with a higher number takes it over."""
+
+    work: str
+    """Digest of the key of what is to be made."""
+    number: int
+    run: str
+
+    @property
+    def key(self) -> str:
+        """Its object."""
+        return f"leases/{self.work}-{self.number:08d}.json"
+
+
+class Run:
+    """This process's right to claim work; made by :func:`run`."""
+
+    def __init__(self, root: Root, run_id: str) -> None:
+        self.root, self.id = root, run_id
+
+    def claim(self, key: str) -> Claim | None:
+        """Leave to make what will lie under ``key``; None while another live run has it."""
+        work = digest_of(key)[:40]
+        held = _highest(self.root, work)
+        if held is not None:
+            if held.run == self.id:
+                return held
+            if is_alive(self.root, held.run):
+                return None
+        claim = Claim(work, held.number + 1 if held else 1, self.id)
+        return claim if self.root.create(claim.key, json.dumps({"run": self.id}).encode()) else None
+
+    def give_back(self, claim: Claim) -> None:
+        """The work is done, or will not be done by this run."""
+        for found in _claims(self.root, claim.work):
+            if found <= claim.key:
+                self.root.delete(found)
+
+
+def check(root: Root, claim: Claim) -> None:
+    """StorageError ``night.taken-over`` when a claim is not the highest any more; called right before publishing."""
+    if _highest(root, claim.work) != claim:
+        raise StorageError(
+            "night.taken-over",
+            "this run was silent for too long and another has taken the case over; its result is not published twice",
+        )
+
+
+@contextmanager
+def run(root: Root) -> Iterator[Run]:
+    """A live run for the time of the block."""
+    key = f"runs/{uuid4().hex}"
+    process = psutil.Process()
+    facts = {"host": socket.gethostname(), "pid": process.pid, "born": process.create_time()}
+    over = threading.Event()
+
+    def beat() -> None:
+        root.put_json(f"{key}.json", {**facts, "beat": datetime.now(UTC).isoformat()})
+
+    def beat_on() -> None:
+        while not over.wait(BEAT_S):
+            try:
+                beat()
+            except (OSError, StorageError):
+                continue  # a full disk stops the work itself; the next beat may come through
+
+    beat()
+    thread = threading.Thread(target=beat_on, name="vnet-run", daemon=True)
+    thread.start()
+    try:
+        yield Run(root, key.removeprefix("runs/"))
+    finally:
+        over.set()
+        thread.join()
+        root.delete(f"{key}.json")
+
+
+def is_alive(root: Root, run_id: str) -> bool:
+    """Whether a run still works: it was heard of lately, and its process is there where that can be seen."""
+    try:
+        facts = root.get_json(f"runs/{run_id}.json")
+    except StorageError:
+        return False
+    if facts["host"] == socket.gethostname() and not _is_process(facts["pid"], facts["born"]):
+        return False
+    return (datetime.now(UTC) - datetime.fromisoformat(facts["beat"])).total_seconds() < GRACE_S
+
+
+def _is_process(pid: int, born: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        # creation times shift a little when the clock is set
+        return abs(process.create_time() - born) < 5 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _claims(root: Root, work: str) -> list[str]:
+    """Keys of all claims on a piece of work, lowest first."""
+    return [f"leases/{name}" for name in root.names("leases") if name.startswith(f"{work}-")]
+
+
+def _highest(root: Root, work: str) -> Claim | None:
+    for key in reversed(_claims(root, work)):
+        try:
+            found = root.get_json(key)
+        except StorageError as error:
+            if error.code != "store.missing":
+                raise
+            continue  # given back in between
+        return Claim(work, int(key[-13:-5]), found["run"])
+    return None

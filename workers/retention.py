@@ -1,0 +1,340 @@
+"""What may go from a storage root, by rules, and what never goes.
+
+Never: a result that a kept night's rows or a decision name, or that the next night would find and use; the newest night
+of a cohort; models, their aliases, decisions, entries and what tells who is who; anything younger than the grace.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+from vnet_core.errors import ConfigError, StorageError
+from vnet_core.plan import Plan
+from workers.cohort import load_cohort, load_entries, result_key, volume_key
+from workers.decisions import all_decisions
+from workers.fsck import cohorts_of, keys_in, leftovers, private_folder, results_of
+from workers.leases import is_alive
+from workers.models import Model, load_model
+from workers.nights import load_night, records
+from workers.registry import ALIASES, aliases, versions
+from workers.retention_rules import Retention
+from workers.sealed import is_old, objects
+from workers.store import RECEIPT, Root
+
+Kind = Literal["night", "result", "volume", "checkpoints", "archive", "unfinished"]
+_NIGHT_PARTS = ("reports", "shadows", "logs", "nights")
+"""Where the files of a night lie; its record goes last."""
+_STAGING = ".unpacking-"
+"""How the names of half-unpacked archives begin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spare:
+    """Something that may go."""
+
+    key: str
+    """In the storage root, or of an archive in the private folder."""
+    kind: Kind
+    bytes: int
+    why: str
+
+
+def spares(root: Root, rules: Retention, now: datetime, models: Sequence[str] = ()) -> list[Spare]:
+    """Everything that may go by the rules, in the order in which it goes: nights before the results that they name.
+
+    ``now`` is aware. ``models``: references of models that schedules use, beside the champions, challengers, newest
+    versions and those of the newest nights. StorageError ``gc.unreadable`` when something that may refer to others
+    cannot be read.
+    """
+    gone = _nights(root, rules, now)
+    found = [*gone.values()]
+    if rules.results_days is not None or rules.spares_days is not None:
+        with _readable():
+            needed = _needed(root, {(s.key.split("/")[1], s.key.rpartition("/")[2]) for s in found}, models)
+        found += _results(root, rules, now, needed)
+        found += _volumes(root, rules, now, needed)
+        found += _checkpoints(root, rules, now)
+        found += _archives(root, rules, now)
+    return [*found, *_unfinished(root, rules, now)]
+
+
+def collect(
+    root: Root, found: Iterable[Spare], on_removed: Callable[[Spare], None] = lambda spare: None
+) -> list[Spare]:
+    """Remove what :func:`spares` found, and return what is gone; receipts go first.
+
+    StorageError ``gc.running`` when a run is at work: it may be about to use what goes. What went until then is gone.
+    """
+    private = private_folder(root)
+    removed: list[Spare] = []
+    for spare in found:
+        busy = live_runs(root)
+        if busy:
+            raise StorageError(
+                "gc.running",
+                f"{len(busy)} runs are at work, and {len(removed)} things went before; run vnet gc again when they are"
+                " over",
+            )
+        if spare.kind == "night":
+            _, cohort, night = spare.key.split("/")
+            for part in _NIGHT_PARTS:
+                for path in _files_of(root, part, cohort, night):
+                    path.unlink(missing_ok=True)
+        elif spare.kind == "archive":
+            Root(private).delete(spare.key)
+        elif spare.kind == "unfinished":
+            _remove(Root(private) if spare.key.startswith("archives/") else root, spare.key)
+        else:
+            root.delete(spare.key)
+            _remove_if_empty((root.folder / spare.key).parent)
+        removed.append(spare)
+        on_removed(spare)
+    return removed
+
+
+def live_runs(root: Root) -> list[str]:
+    """Ids of the runs that are at work on the root."""
+    return [run for name in root.names("runs") if is_alive(root, run := name.removesuffix(".json"))]
+
+
+# --- what goes
+
+
+def _nights(root: Root, rules: Retention, now: datetime) -> dict[tuple[str, str], Spare]:
+    """Nights that are too old, by cohort and id, oldest first."""
+    if rules.nights_days is None:
+        return {}
+    gone = {}
+    for cohort in cohorts_of(root):
+        names = {name.partition(".")[0] for part in _NIGHT_PARTS for name in root.names(f"{part}/{cohort}")}
+        told = [n.removesuffix(".parquet") for n in root.names(f"reports/{cohort}") if n.endswith(".parquet")]
+        kept = {*sorted(told)[-1:], *records(root, cohort)[-1:]}
+        for night in sorted(names - kept):
+            started = _started(night)
+            if started is not None and _is_past(now - started, rules.nights_days, rules):
+                files = [path for part in _NIGHT_PARTS for path in _files_of(root, part, cohort, night)]
+                size = sum(path.stat().st_size for path in files)
+                why = f"{(now - started).days} days old, nights stay {rules.nights_days}"
+                gone[cohort, night] = Spare(f"nights/{cohort}/{night}", "night", size, why)
+    return gone
+
+
+def _started(night: str) -> datetime | None:
+    try:
+        return datetime.strptime(night, "%Y-%m-%d_%H%M%S").replace(tzinfo=UTC)
+    except ValueError:
+        return None
+
+
+def _files_of(root: Root, part: str, cohort: str, night: str) -> list[Path]:
+    """The files of a night in one place: those named after it."""
+    return sorted((root.folder / part / cohort).glob(f"{night}.*"))
+
+
+def _is_past(age: timedelta, days: int, rules: Retention) -> bool:
+    return age > max(timedelta(days=days), timedelta(hours=rules.grace_hours))
+
+
+def _results(root: Root, rules: Retention, now: datetime, needed: _Needed) -> Iterator[Spare]:
+    if rules.results_days is None:
+        return
+    for key in _finished(root, "results/"):
+        # masks of another format than NIfTI are results of their own beside it
+        current = key.rpartition("/")[0] + "/" + key.rpartition("/")[2].partition("-")[0] in needed.current
+        if not current and key not in needed.named and _sealed_before(root, key, rules.results_days, rules, now):
+            yield Spare(key, "result", _size(root.folder / key), "no kept night names it, and no night would use it")
+
+
+def _volumes(root: Root, rules: Retention, now: datetime, needed: _Needed) -> Iterator[Spare]:
+    if rules.spares_days is None:
+        return
+    for key in _finished(root, "volumes/"):
+        if key not in needed.volumes and _sealed_before(root, key, rules.spares_days, rules, now):
+            yield Spare(key, "volume", _size(root.folder / key), "no case and model of today need it")
+
+
+def _checkpoints(root: Root, rules: Retention, now: datetime) -> Iterator[Spare]:
+    """Of trainings whose model is finished; those of others are what they go on from."""
+    if rules.spares_days is None:
+        return
+    for key in _trainings(root):
+        if not (root.folder / key.replace("training/", "models/", 1) / RECEIPT).is_file():
+            continue
+        for folder in sorted((root.folder / key).rglob("checkpoints")):
+            size = _size(folder)
+            if size and _is_past(now - _modified(folder), rules.spares_days, rules):
+                yield Spare(_key(root, folder), "checkpoints", size, "its training is finished")
+
+
+def _archives(root: Root, rules: Retention, now: datetime) -> Iterator[Spare]:
+    if rules.spares_days is None:
+        return
+    private = private_folder(root)
+    with _readable():
+        used = {key for cohort in root.names("cohorts") for key in load_cohort(root, cohort).archives}
+    age = max(timedelta(days=rules.spares_days), timedelta(hours=rules.grace_hours))
+    for name in Root(private).names("archives"):
+        key = f"archives/{name}"
+        if key not in used and is_old(private / key, now, age):
+            yield Spare(key, "archive", _size(private / key), "no cohort was read from it")
+
+
+def _unfinished(root: Root, rules: Retention, now: datetime) -> Iterator[Spare]:
+    """What runs that died left half done: files without a receipt, half-written files, and their signs of life."""
+    age = timedelta(hours=rules.grace_hours)
+    for key in objects(root):
+        folder = root.folder / key
+        if key.startswith("models/") or folder.is_symlink() or (folder / RECEIPT).exists():
+            continue
+        if is_old(folder, now, age):
+            yield Spare(key, "unfinished", _size(folder), "it has no receipt")
+    for path in leftovers(root.folder):
+        if is_old(path, now, age):
+            yield Spare(_key(root, path), "unfinished", path.lstat().st_size, "half written")
+    private = private_folder(root)
+    for path in sorted(private.glob(f"archives/*/{_STAGING}*")):
+        if is_old(path, now, age):
+            key = path.relative_to(private).as_posix()
+            yield Spare(key, "unfinished", _size(path), "half unpacked")
+    for name in root.names("runs"):
+        if is_old(root.folder / "runs" / name, now, age) and not is_alive(root, name.removesuffix(".json")):
+            yield Spare(f"runs/{name}", "unfinished", _size(root.folder / "runs" / name), "its process is gone")
+    for name in root.names("leases"):
+        path = root.folder / "leases" / name
+        with suppress(FileNotFoundError):  # given back meanwhile
+            if is_old(path, now, age) and not is_alive(root, json.loads(path.read_bytes())["run"]):
+                yield Spare(f"leases/{name}", "unfinished", _size(path), "the run that held it is gone")
+
+
+# --- what stays
+
+
+@dataclass(frozen=True, slots=True)
+class _Needed:
+    named: set[str]
+    """Results that kept rows, comparisons of models and decisions name."""
+    current: set[str]
+    """Results that a night of today's models would find and use, without the suffix of their format."""
+    volumes: set[str]
+
+
+def _needed(root: Root, gone: set[tuple[str, str]], models: Sequence[str]) -> _Needed:
+    used = _models(root, models)
+    plans = {model.plan.volume_digest: model.plan for model in used}
+    needed = _Needed(set(), set(), _of_open_trainings(root))
+    for cohort in cohorts_of(root):
+        for name in root.names(f"reports/{cohort}"):
+            night = name.removesuffix(".parquet")
+            if name.endswith(".parquet") and (cohort, night) not in gone:
+                needed.named.update(results_of(root, cohort, night))
+        for name in root.names(f"shadows/{cohort}"):
+            if name.endswith(".parquet") and (cohort, name.removesuffix(".parquet")) not in gone:
+                compared = keys_in(root, f"shadows/{cohort}/{name}", ("champion_key", "challenger_key"))
+                needed.named.update(compared)
+        for found in all_decisions(root, cohort).values():
+            needed.named.update(decision.key for decision in found)
+        kept = f"cohorts/{cohort}/plan.json"
+        own = [Plan.from_mapping(root.get_json(kept))] if root.exists(kept) else []
+        for entry in load_entries(root, cohort):
+            needed.volumes.update(volume_key(entry.case, plan) for plan in (*plans.values(), *own))
+            needed.current.update(result_key(cohort, entry.case, model.plan, model.digest) for model in used)
+    return needed
+
+
+def _models(root: Root, scheduled: Sequence[str]) -> list[Model]:
+    """Champions, challengers and newest versions, those of every cohort's newest night, and scheduled ones."""
+    references = {reference for reference in scheduled if reference}
+    for name in root.names("models"):
+        finished = versions(root, name)
+        named = aliases(root, name)
+        references |= {f"{name}@{version}" for version in finished[-1:]}
+        references |= {f"{name}@{alias}" for alias in ALIASES if named.get(alias) in finished}
+    for cohort in cohorts_of(root):
+        references |= {load_night(root, cohort, night).model for night in records(root, cohort)[-1:]}
+    found = {}
+    for reference in sorted(references):
+        try:
+            model = load_model(root, reference)
+        except ConfigError:
+            continue  # a model that is not there needs nothing
+        found[model.digest] = model
+    return list(found.values())
+
+
+def _trainings(root: Root) -> list[str]:
+    return [f"training/{name}/{v}" for name in root.names("training") for v in root.names(f"training/{name}")]
+
+
+def _of_open_trainings(root: Root) -> set[str]:
+    """Volumes that trainings without a finished model go on with."""
+    volumes: set[str] = set()
+    for key in _trainings(root):
+        if not (root.folder / key.replace("training/", "models/", 1) / RECEIPT).is_file():
+            for path in (root.folder / key).rglob("run.json"):
+                run = root.get_json(_key(root, path))
+                volumes |= {*run["training"].values(), *run["validation"].values()}
+    return volumes
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """What cannot be read might refer to anything, so that nothing goes then."""
+    try:
+        yield
+    except (StorageError, KeyError, TypeError, AttributeError, ValueError) as error:
+        what = error.message if isinstance(error, StorageError) else f"JSON of another shape ({type(error).__name__})"
+        raise StorageError(
+            "gc.unreadable", f"something that tells what is needed cannot be read: {what}; run vnet fsck first"
+        ) from error
+
+
+# --- files
+
+
+def _finished(root: Root, prefix: str) -> Iterator[str]:
+    for key in objects(root):
+        folder = root.folder / key
+        if key.startswith(prefix) and not folder.is_symlink() and (folder / RECEIPT).is_file():
+            yield key
+
+
+def _sealed_before(root: Root, key: str, days: int, rules: Retention, now: datetime) -> bool:
+    return _is_past(now - _modified(root.folder / key / RECEIPT), days, rules)
+
+
+def _modified(path: Path) -> datetime:
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    if not path.is_dir():
+        return path.lstat().st_size
+    return sum(Path(place, name).lstat().st_size for place, _, names in os.walk(path) for name in names)
+
+
+def _key(root: Root, path: Path) -> str:
+    return path.relative_to(root.folder).as_posix()
+
+
+def _remove(root: Root, key: str) -> None:
+    """By its path: what is half done may have a name that no key has."""
+    path = root.folder / key
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+        _remove_if_empty(path.parent)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
