@@ -125,7 +125,7 @@ def jobs_of(session: Session, order: Order, model: Model, entries: Sequence[Entr
 
 def _shift(session: Session, own: Run, order: Order, model: Model, night: Night, cases: int) -> Shift:
     log = EventLog(session.root, order.cohort, night.id)
-    progress = Progress(f"night {order.cohort}", cases, f"Night {night.id} of cohort {order.cohort}")
+    progress = Progress(f"progress {order.cohort}", cases, f"Night {night.id} of cohort {order.cohort}")
 
     def settled(outcome: Outcome) -> None:
         log(outcome, session.clock())

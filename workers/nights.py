@@ -13,7 +13,7 @@ from workers.ledger import Outcome, counts
 from workers.masks import MaskFormat
 from workers.store import Root
 
-Stopped = Literal["", "deadline", "hours", "paused", "cancelled", "died"]
+Stopped = Literal["", "deadline", "hours", "cancelled", "died"]
 """Why a night ended before all its cases were done; empty: it did not."""
 LOOK_BACK = 50
 """How many of the newest records are looked through for a night whose run died."""

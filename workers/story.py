@@ -150,7 +150,6 @@ def _why_stopped(night: Night) -> str:
     told = {
         "deadline": f"the deadline {night.rules.get('deadline', '')} came",
         "hours": f"its {hours:g} {'hour' if hours == 1 else 'hours'} of machine time were used up",
-        "paused": "it was paused",
         "cancelled": "it was cancelled",
         "died": "its run died",
     }

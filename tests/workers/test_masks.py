@@ -21,6 +21,7 @@ from vnet_core.volume import Volume
 from workers import masks
 from workers.arrays import write_ome_labels
 from workers.cohort import Case, source_digest
+from workers.dicom import segmentation, structures
 from workers.dicom.derived import Algorithm
 from workers.masks import NO_PICTURE, Mask, MaskFormat, check_format, load_report, mask_file, publish_mask, written
 from workers.models import Target, publish
@@ -309,11 +310,12 @@ def moved(geometry: Geometry) -> Geometry:
 )
 def test_a_mask_that_reads_back_otherwise_is_not_published(root, tmp_path, monkeypatch, mask_format, function, broken):
     case = series(tmp_path / "series")
-    monkeypatch.setattr(masks, function, broken)
+    home = {"write_segmentation": segmentation, "write_structures": structures}.get(function, masks)
+    monkeypatch.setattr(home, function, broken)
     with pytest.raises(StorageError) as caught:
         publish_mask(root, "k", mask_of(case, mask_format))
     assert caught.value.code == "mask.unproven"
     assert root.receipt("k") is None
 
 
-WRITE_SEGMENTATION, WRITE_STRUCTURES = masks.write_segmentation, masks.write_structures
+WRITE_SEGMENTATION, WRITE_STRUCTURES = segmentation.write_segmentation, structures.write_structures

@@ -100,7 +100,7 @@ def test_coverage_is_told_in_one_line(rows, facts, text):
     assert told(rows, **facts).splitlines()[1].startswith(text)
 
 
-@pytest.mark.parametrize("stopped", ["paused", "died"])
+@pytest.mark.parametrize("stopped", ["cancelled", "died"])
 def test_every_reason_to_stop_has_words(stopped):
     assert f"{stopped}." in told(states(computed=1, carried_over=1), stopped=stopped)
 
