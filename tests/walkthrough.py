@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -33,6 +34,12 @@ def environment() -> dict[str, str]:
     """The process's environment with this virtual environment's commands first on PATH and no setting of VNET."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("VNET_", "PREFECT_"))}
     return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def take_ctrl_c() -> None:
+    """For a child before it starts: a shell that started these tests in the background has them ignore Ctrl-C, and they
+    would hand that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_page(page: Path, folder: Path) -> list[subprocess.CompletedProcess[str]]:

@@ -28,8 +28,6 @@ class Code:
 
 
 _REFUSED: dict[str, tuple[str, str]] = {
-    # --- radiomics
-    "radiomics.grid": ("Mask and scan lie on different grids.", "Segment the scan again."),
     # --- files
     "scan.missing": (
         "A file that the manifest names is not there.",

@@ -42,7 +42,7 @@ from vnet_core.geometry import Geometry, from_mapping, to_mapping
 from vnet_core.plan import Label
 from vnet_core.sections import ReadingPlan
 from vnet_core.volume import Scan, Volume
-from workers.scans import AS_STORED, is_dicom_file, read_geometry, read_label_scan, read_scan
+from workers.scans import AS_STORED, bring_in_readers, is_dicom_file, read_geometry, read_label_scan, read_scan
 
 _PR_SET_PDEATHSIG = 1
 _PIECE_BYTES = 1 << 26
@@ -284,6 +284,7 @@ def _own_reader() -> Reader:
 
 def _serve(theirs: socket.socket) -> None:
     """Answer one request after the other, until the parent closes its end."""
+    bring_in_readers()
     _send(theirs, {"ready": True}, None)
     with theirs.makefile("rb") as lines:
         for line in lines:

@@ -267,3 +267,8 @@ def _whole_numbers(volume: Volume) -> Volume:
     if high > 65535:
         raise ScanError("label.values", f"the largest label is {high:g}, must be at most 65535; renumber the labels")
     return Volume(voxels.astype(np.uint8 if high < 256 else np.uint16, copy=False), volume.geometry)
+
+
+def bring_in_readers() -> None:
+    """Import what reading a scan would import on the way; for a process that limits its memory before it reads."""
+    import SimpleITK  # noqa: F401

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from tests.walkthrough import environment
+from tests.walkthrough import environment, take_ctrl_c
 
 COSTS = ("seconds", "peak_bytes", "finished", "run")
 """What a receipt says of the work rather than of its result."""
@@ -49,8 +49,7 @@ class Command:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
-                # a shell that started these tests in the background has them ignore Ctrl-C, and they would hand that on
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=take_ctrl_c,
             )
         self.pid = self._process.pid
         self._seen = {psutil.Process(self.pid)}

@@ -19,7 +19,7 @@ from flows.cli import main
 from flows.commands.care import told
 from flows.server import ServerProcess, prefect_environment, start_server
 from tests.flows.browser import call_api
-from tests.walkthrough import REPOSITORY, environment
+from tests.walkthrough import REPOSITORY, environment, take_ctrl_c
 from tests.workers.small_root import COHORT, PLAN, add_night, age, case_of, small_root
 from workers.cohort import volume_key
 from workers.doctor import Check
@@ -157,7 +157,8 @@ def test_metrics_are_served_on_this_machine_until_the_command_is_stopped(
 ) -> None:
     command = ["vnet", "metrics", "--port", "0", "--root", str(root.folder)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stderr=pipe, stdout=pipe, text=True, env=environment()) as process:
+    streams = {"stderr": pipe, "stdout": pipe, "text": True}
+    with subprocess.Popen(command, **streams, env=environment(), preexec_fn=take_ctrl_c) as process:
         assert process.stderr is not None
         line = process.stderr.readline()
         url = line.split()[0]
