@@ -4,7 +4,8 @@
 
 The scans are 8 x 8 x 8 voxels and the network has four convolutions. The overhead per case is what the process of the
 night, which holds flow, ledger and report but no engine, spends in processor seconds beyond a night of one case. The
-night with nothing new follows over ``--once-more`` cases; its memory is the largest resident size of that process.
+night with nothing new follows over the same cases, and over ``--once-more`` cases that are given the result of another
+one instead of being segmented; memory is the largest resident size of that process.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ import psutil
 
 from benchmarks.machine import RESULTS, provenance, tell
 from tests.workers.tiny_cohort import MODEL, publish_model, take_in, write_scan
+from workers.cohort import load_entries
+from workers.models import load_model
 from workers.nights import load_night, records
+from workers.segment import Job, key_of
 from workers.store import Root
 
 VNET = str(Path(sys.executable).with_name("vnet"))
@@ -60,12 +64,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vnet-overhead-") as name:
         folder = Path(name)
         base = nightly(prepared(folder / "one", 1))
-        rows = []
-        for cases in sorted({options.cases, options.once_more}):
-            root = prepared(folder / "many", cases)
-            rows.append((f"{cases} new cases", cases, nightly(root)))
-            rows.append((f"{cases} cases, nothing new", cases, nightly(root)))
-            shutil.rmtree(folder / "many")
+        root = prepared(folder / "new", options.cases)
+        rows = [
+            (f"{options.cases} new cases", options.cases, nightly(root)),
+            (f"{options.cases} cases, nothing new", options.cases, nightly(root)),
+        ]
+        done = prepared(folder / "done", options.once_more)
+        publish_all(done, Root(folder / "one" / "root"))
+        rows.append((f"{options.once_more} cases with masks, first night", options.once_more, nightly(done)))
+        rows.append((f"{options.once_more} cases, nothing new", options.once_more, nightly(done)))
     tell(lines(base, rows), output)
 
 
@@ -104,6 +111,17 @@ def prepared(folder: Path, cases: int) -> Root:
     publish_model(root)
     take_in(root, COHORT, [folder / "scans"])
     return root
+
+
+def publish_all(root: Root, example: Root) -> None:
+    """Give every case of a root a result: the files of the example's only one under the key that a night looks for."""
+    (folder,) = example.folder.glob(f"results/{COHORT}/*/*")
+    model = load_model(root, MODEL)
+    receipt = json.loads((folder / "receipt.json").read_bytes())
+    for entry in load_entries(root, COHORT):
+        key = key_of(Job(COHORT, entry.case, "nifti"), model)
+        shutil.copytree(folder, root.path(key), ignore=shutil.ignore_patterns("receipt.json"))
+        root.put_json(f"{key}/receipt.json", receipt | {"case_digest": entry.case.digest})
 
 
 def nightly(root: Root) -> Measured:

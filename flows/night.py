@@ -22,7 +22,7 @@ from workers.events_log import EventLog
 from workers.failpoints import fail_point
 from workers.forecast import Forecast, Kind, forecast, kind_of, recorded_cost
 from workers.ingest import preview
-from workers.leases import Run, run
+from workers.leases import Run, run, sweep
 from workers.ledger import Outcome
 from workers.masks import MaskFormat, mask_file
 from workers.models import Model, load_model
@@ -82,6 +82,7 @@ def run_night(session: Session, order: Order, model: Model, started: datetime) -
     with run(root) as own:
         for dead in nights.abandoned(root, order.cohort):
             close_abandoned(session, dead)
+        sweep(root)
         entries = load_entries(root, order.cohort)
         rules = order.rules.model_dump(mode="json")
         night = Night("", order.cohort, model.reference, "", mask_format=order.mask_format, run=own.id, rules=rules)

@@ -80,6 +80,17 @@ def check(root: Root, claim: Claim) -> None:
         )
 
 
+def sweep(root: Root) -> None:
+    """Remove what dead runs have left: their claims, and their own objects. One that wakes finds its claim gone."""
+    dead = {run_id for name in root.names("runs") if not is_alive(root, run_id := name.removesuffix(".json"))}
+    for name in root.names("leases"):
+        claim = _read(root, f"leases/{name}")
+        if claim and (claim.run in dead or not root.exists(f"runs/{claim.run}.json")):
+            root.delete(claim.key)
+    for run_id in dead:
+        root.delete(f"runs/{run_id}.json")
+
+
 @contextmanager
 def run(root: Root) -> Iterator[Run]:
     """A live run for the time of the block."""
@@ -135,12 +146,16 @@ def _claims(root: Root, work: str) -> list[str]:
 
 
 def _highest(root: Root, work: str) -> Claim | None:
-    for key in reversed(_claims(root, work)):
-        try:
-            found = root.get_json(key)
-        except StorageError as error:
-            if error.code != "store.missing":
-                raise
-            continue  # given back in between
-        return Claim(work, int(key[-13:-5]), found["run"])
-    return None
+    return next((claim for key in reversed(_claims(root, work)) if (claim := _read(root, key))), None)
+
+
+def _read(root: Root, key: str) -> Claim | None:
+    """The claim of a key; None where it was given back meanwhile."""
+    try:
+        found = root.get_json(key)
+    except StorageError as error:
+        if error.code != "store.missing":
+            raise
+        return None
+    work, _, number = key.removeprefix("leases/").removesuffix(".json").rpartition("-")
+    return Claim(work, int(number), found["run"])

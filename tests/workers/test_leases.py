@@ -16,7 +16,7 @@ import pytest
 
 from tests.flows.command import until
 from vnet_core.errors import StorageError
-from workers.leases import GRACE_S, Claim, Run, check, is_alive, run
+from workers.leases import GRACE_S, Claim, Run, check, is_alive, run, sweep
 from workers.store import Root
 
 WORK = "results/liver/a/0123"
@@ -142,6 +142,22 @@ def test_a_killed_process_leaves_a_claim_that_the_next_run_takes_over_at_once(ro
         claim = own.claim(WORK)
     assert claim is not None
     assert claim.number == 2
+
+
+def test_what_dead_runs_left_is_swept_away_and_what_live_ones_hold_stays(root: Root) -> None:
+    dead, gone, live = heard_of(root, "dead", 0), heard_of(root, "gone", 0), heard_of(root, "live", 0)
+    old = dead.claim(WORK)
+    assert old is not None
+    assert gone.claim(f"{WORK}2")
+    kept = live.claim(f"{WORK}3")
+    assert kept is not None
+    heard_of(root, "dead", GRACE_S + 1)
+    root.delete("runs/gone.json")
+    sweep(root)
+    assert root.names("runs") == ["live.json"]
+    assert [f"leases/{name}" for name in root.names("leases")] == [kept.key]
+    with pytest.raises(StorageError):
+        check(root, old)
 
 
 def test_a_claim_holds_only_its_runs_id(root: Root) -> None:
