@@ -41,6 +41,8 @@ def preprocess(
         else:
             jobs[executor.submit(preprocess_case, root.url, case, plan)] = case
     for job in as_completed(jobs):
+        if job.cancelled():  # the executor was closed, since something else ended the night
+            break
         case = jobs[job]
         error = job.exception()
         if error is None:
