@@ -74,7 +74,7 @@ def prefect_environment(home: Path) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
         # a run whose server has died ends within a minute; five, the default, take that long for every call
-        "PREFECT_CLIENT_MAX_RETRIES": "3",
+        "PREFECT_CLIENT_MAX_RETRIES": "2",
         # a run asked for in the UI starts within two seconds, not ten
         "PREFECT_RUNNER_POLL_FREQUENCY": "2",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),

@@ -286,7 +286,7 @@ def test_a_form_runs_a_deployment_and_its_artifacts_show(server: ServerProcess, 
         ]
 
         open_artifact(page, server.url, "sample-report")
-        assert page.get_by_role("heading", name="Night of liver").is_visible()
+        page.get_by_role("heading", name="Night of liver").wait_for()
         assert page.get_by_role("cell", name="1.5").is_visible()
         size = "img => [img.naturalWidth, img.naturalHeight]"
         assert page.get_by_alt_text("overlay").evaluate(size) == [64, 48]

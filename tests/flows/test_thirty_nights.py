@@ -19,6 +19,7 @@ def test_no_case_is_lost_doubled_or_computed_without_need(tmp_path: Path) -> Non
     assert nights[DEADLINE]["carried-over"] >= 1
     assert "killed" in nights[KILLED]
     assert nights[PROMOTED]["computed"] > 5, "a new model does all cases again"
-    assert nights[ROLLED_BACK].get("computed", 0) < 3 < nights[ROLLED_BACK]["cached"], "the old one's masks are there"
+    rolled_back = nights[ROLLED_BACK]
+    assert rolled_back["cached"] > 2 * rolled_back.get("computed", 0), "the old one's masks are there"
     assert sum(night.get("failed", 0) for night in nights) >= 5
     assert any(night["cached"] == sum(v for k, v in night.items() if k != "night") for night in nights[1:5])
