@@ -26,8 +26,6 @@ from vnet_core.plan import Label
 from vnet_core.sections import ReadingPlan
 from vnet_core.volume import Scan, Volume
 from workers.dicom.headers import NotDicom, read_elements
-from workers.dicom.segmentation import SEGMENTATION_CLASSES, read_segmentation
-from workers.dicom.structures import STRUCTURE_CLASS, read_structures
 from workers.dicom.tree import find_series
 from workers.dicom.volumes import read_series, series_geometry
 from workers.formats.blocks import Layout, open_regular, read_block, unchanged
@@ -170,6 +168,9 @@ def is_dicom_file(path: Path) -> bool:
 
 def _read_annotation(path: Path, image: Geometry | None, labels: Sequence[Label]) -> Scan:
     """A DICOM segmentation or the contours of a structure set, by what the file says it is."""
+    from workers.dicom.segmentation import SEGMENTATION_CLASSES, read_segmentation
+    from workers.dicom.structures import STRUCTURE_CLASS, read_structures
+
     if image is None:
         raise ScanError("label.no-image", "a DICOM label lies on the grid of its image; give that image with it")
     with unchanged(path):
@@ -272,3 +273,6 @@ def _whole_numbers(volume: Volume) -> Volume:
 def bring_in_readers() -> None:
     """Import what reading a scan would import on the way; for a process that limits its memory before it reads."""
     import SimpleITK  # noqa: F401
+
+    import workers.dicom.segmentation
+    import workers.dicom.structures  # noqa: F401

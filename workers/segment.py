@@ -14,7 +14,6 @@ from vnet_core.plan import Plan
 from workers.arrays import read_array
 from workers.clusters import Engines
 from workers.cohort import Case, result_key, volume_geometry, volume_key
-from workers.dicom.derived import Algorithm
 from workers.failpoints import fail_point
 from workers.leases import Claim, check
 from workers.ledger import Costs, Outcome, State, settle
@@ -79,6 +78,7 @@ class Segmenter:
         from vnet_core.postprocess import clean
         from vnet_core.preprocess import restore
         from vnet_core.spread import spread_of
+        from workers.dicom.derived import Algorithm
 
         plan, case, costs = plan_of(job, self.model), job.case, Costs()
         key = key_of(job, self.model)
