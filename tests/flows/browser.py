@@ -1,5 +1,6 @@
 """The Prefect UI in headless Chromium, as a person uses it: forms, artifacts, screenshots."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -28,6 +29,8 @@ FLAGS = (
     "--disable-sync",
     "--no-proxy-server",
 )
+SUBMISSIONS = 3
+"""How often a form is sent before its test fails."""
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
@@ -65,15 +68,22 @@ def open_artifact(page: "Page", ui_url: str, key: str) -> dict[str, Any]:
 
 def run_deployment_from_form(page: "Page", ui_url: str, deployment_name: str, fields: Mapping[str, Any]) -> str:
     """Open the run form of ``flow/deployment``, set the fields by their labels, submit; the id of the flow run."""
+    from playwright.sync_api import TimeoutError
+
     deployment = call_api(ui_url, f"/deployments/name/{deployment_name}")
     page.goto(f"{ui_url}/v2/deployments/deployment/{deployment['id']}/run")
     for label, value in fields.items():
         _set_field(page, label, value)
     run_name = page.get_by_role("textbox", name="Run Name").input_value()
-    page.get_by_role("button", name="Submit").click()
-    page.wait_for_url(re.compile(r"tab=Runs"))
     named = {"flow_runs": {"name": {"any_": [run_name]}, "deployment_id": {"any_": [deployment["id"]]}}}
-    return call_api(ui_url, "/flow_runs/filter", named)[0]["id"]
+    for _ in range(SUBMISSIONS):
+        page.get_by_role("button", name="Submit").click()
+        with contextlib.suppress(TimeoutError):
+            page.wait_for_url(re.compile(r"tab=Runs"), timeout=10_000)
+        # a busy database refuses a submission now and then, and the form stays as it is
+        if runs := call_api(ui_url, "/flow_runs/filter", named):
+            return runs[0]["id"]
+    raise AssertionError(f"the form of {deployment_name} was not taken in {SUBMISSIONS} submissions")
 
 
 def wait_for_run(ui_url: str, run_id: str, timeout_s: float = 60) -> dict[str, Any]:
