@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint types pytest pytest-flows pytest-parts clean lock
+.PHONY: demo test lint types pytest clean lock
 
 demo: $(READY)
 	$(BIN)/vnet demo
@@ -20,15 +20,8 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# Two halves side by side: tests that run whole commands wait a lot, the others compute.
 pytest: $(READY)
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target pytest-flows pytest-parts
-
-pytest-flows: $(READY)
-	$(BIN)/python -m pytest tests/flows $(PYTEST_OPTIONS)
-
-pytest-parts: $(READY)
-	$(BIN)/python -m pytest --ignore=tests/flows $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 # Every version is pinned; the project itself is installed from this folder.
 $(READY): requirements.lock pyproject.toml
