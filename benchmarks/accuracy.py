@@ -60,7 +60,7 @@ def main() -> int:
     trial = prepared(options)
     trial.vnet(trial.ingest())
     kept = trial.work / "measured.json"
-    measured = [Measured(**row) for row in json.loads(kept.read_text())] if kept.exists() else []
+    measured = [Measured(**row) for row in json.loads(kept.read_text("utf-8"))] if kept.exists() else []
     done = {(m.who, m.minutes, m.seed) for m in measured}
     for minutes in options.minutes:
         todo = [(who, 0) for who in peers(options)] + [("vnet", seed) for seed in range(options.seeds)]

@@ -142,7 +142,7 @@ def measure_here(arm: str, folder: Path, empty: Path) -> Run:
 def largest_bytes(process: int) -> int:
     """Largest resident size of a process so far; 0 when it is gone. What a process inherits does not count here."""
     try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        lines = Path(f"/proc/{process}/status").read_text("utf-8").splitlines()
     except OSError:
         return 0
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)

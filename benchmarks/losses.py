@@ -43,7 +43,7 @@ AIM = 0.80
 def main() -> int:
     options = arguments()
     trial = prepared(options)
-    base = tomllib.loads(options.base.read_text()) if options.base else {}
+    base = tomllib.loads(options.base.read_text("utf-8")) if options.base else {}
     trial.vnet(trial.ingest())
     rows = []
     for name in options.only or LOSSES:

@@ -54,7 +54,7 @@ def processor() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        lines = (line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        lines = (line.split(":", 1) for line in cpuinfo.read_text("utf-8").splitlines() if ":" in line)
         facts = {key.strip(): value.strip() for key, value in lines}
         model = f"{facts.get('model name', model)} (family {facts.get('cpu family')}, model {facts.get('model')})"
     return model

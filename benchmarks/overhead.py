@@ -146,7 +146,7 @@ def watched(process: subprocess.Popen[bytes]) -> tuple[float, float]:
         with contextlib.suppress(psutil.Error, FileNotFoundError):
             times = seen.cpu_times()
             cpu_s = times.user + times.system
-            status = Path(f"/proc/{process.pid}/status").read_text()
+            status = Path(f"/proc/{process.pid}/status").read_text("utf-8")
             peak_mib = int(status.split("VmHWM:")[1].split()[0]) / 1024 if "VmHWM" in status else peak_mib
         time.sleep(0.05)
     return cpu_s, peak_mib

@@ -62,7 +62,9 @@ def finished(command: list[str], root: Path, model: str) -> tuple[dict[str, Any]
     """``model.json`` and the weights of a training that ran to its end."""
     subprocess.run(command, check=True)
     folder = max((root / "models" / model).iterdir())
-    return json.loads((folder / "model.json").read_text()), safetensors.torch.load_file(folder / "weights.safetensors")
+    return json.loads((folder / "model.json").read_text("utf-8")), safetensors.torch.load_file(
+        folder / "weights.safetensors"
+    )
 
 
 def kill_after_checkpoint(command: list[str], checkpoints: Path) -> None:

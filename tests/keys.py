@@ -84,4 +84,4 @@ def with_table(page: str, model: type[BaseModel]) -> str:
 if __name__ == "__main__":
     for name, model in PAGES.items():
         path = REPOSITORY / name
-        path.write_text(with_table(path.read_text(), model))
+        path.write_text(with_table(path.read_text("utf-8"), model))

@@ -154,6 +154,6 @@ def test_nothing_bad_is_accepted_and_nothing_sound_refused(found):
     # the readers that this is measured against do differ, or the comparison is broken
     assert itk.accepted > 25
     assert nibabel.accepted > 10
-    assert (REPOSITORY / "docs" / "bad-inputs.md").read_text() == page(INPUTS, results), (
+    assert (REPOSITORY / "docs" / "bad-inputs.md").read_text("utf-8") == page(INPUTS, results), (
         "run: python -m benchmarks.bad_inputs --page docs/bad-inputs.md"
     )

@@ -36,16 +36,16 @@ def test_every_fence_is_run_or_excused(page):
 
 @pytest.mark.parametrize("recipe", sorted((REPOSITORY / "examples").glob("*.toml")), ids=lambda path: path.name)
 def test_every_example_plan_is_one(recipe):
-    Plan.from_mapping({"labels": LABELS, **tomllib.loads(recipe.read_text())})
+    Plan.from_mapping({"labels": LABELS, **tomllib.loads(recipe.read_text("utf-8"))})
 
 
 @pytest.mark.parametrize("site", sorted((REPOSITORY / "infra" / "sites").glob("*.toml")), ids=lambda path: path.name)
 def test_every_site_file_is_one(site):
-    Site.model_validate(tomllib.loads(site.read_text()))
+    Site.model_validate(tomllib.loads(site.read_text("utf-8")))
 
 
 @pytest.mark.parametrize("name", sorted(PAGES_WITH_KEYS))
 def test_tables_of_keys_are_those_of_the_program(name):
-    text = (REPOSITORY / name).read_text()
+    text = (REPOSITORY / name).read_text("utf-8")
     assert text == with_table(text, PAGES_WITH_KEYS[name]), "run: python -m tests.keys"
     assert "| key |" in text

@@ -58,4 +58,4 @@ def codes_in_sources() -> dict[str, set[str]]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_table(PAGE.read_text()))
+    PAGE.write_text(with_table(PAGE.read_text("utf-8")))

@@ -27,7 +27,7 @@ class Fence:
 
 def fences(page: Path) -> list[Fence]:
     name = page.relative_to(REPOSITORY).as_posix()
-    return [Fence(name, match[2], match[3], bool(match[1])) for match in FENCE.finditer(page.read_text())]
+    return [Fence(name, match[2], match[3], bool(match[1])) for match in FENCE.finditer(page.read_text("utf-8"))]
 
 
 def environment() -> dict[str, str]:

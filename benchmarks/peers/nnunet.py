@@ -55,8 +55,8 @@ def train(work: Path, minutes: float, held: Path) -> dict[str, float]:
 
     torch.set_num_threads(os.cpu_count() or 1)
     home = work / "nnUNet_preprocessed" / DATASET
-    plans = json.loads((home / "nnUNetPlans.json").read_text()) | {"continue_training": False}
-    dataset = json.loads((home / "dataset.json").read_text())
+    plans = json.loads((home / "nnUNetPlans.json").read_text("utf-8")) | {"continue_training": False}
+    dataset = json.loads((home / "dataset.json").read_text("utf-8"))
     trainer = nnUNetTrainer(plans, "3d_fullres", "all", dataset, device=torch.device("cpu"))
     trainer.initialize()
     trainer.on_train_start()

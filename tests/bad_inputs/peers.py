@@ -117,7 +117,7 @@ def serve() -> None:
 
 
 def _own_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text("utf-8").split()[0])
     return pages * resource.getpagesize()
 
 

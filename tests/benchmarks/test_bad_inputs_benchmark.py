@@ -24,8 +24,8 @@ def test_it_runs(tmp_path):
     run = subprocess.run(
         [*command, "--output", str(output), "--page", str(page)], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert output.read_text().startswith(run.stdout.strip())
-    for text in (output.read_text(), page.read_text()):
+    assert output.read_text("utf-8").startswith(run.stdout.strip())
+    for text in (output.read_text("utf-8"), page.read_text("utf-8")):
         assert "| bad | refused `scan.truncated` | **opens** | refuses |" in text
         assert "| sound | accepted | right | right |" in text
         assert "| vnet-cohort | 1 | 0 | 0 | 1 | 0 | 0 |" in text

@@ -17,7 +17,7 @@ def test_it_runs(tmp_path):
     output = tmp_path / "result.md"
     command = [sys.executable, "-m", "benchmarks.dicom_tree", "--files", "40", "--series", "4", "--runs", "1"]
     run = subprocess.run([*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True, check=True)
-    text = output.read_text()
+    text = output.read_text("utf-8")
     assert run.stdout.strip() == text.strip()
     cells = {row.split("|")[1].strip(): row.split("|")[-2].strip() for row in text.splitlines() if row.startswith("|")}
     assert (cells["ours"], cells["pydicom"], cells["dcm2niix"]) == ("4", "40", "4")

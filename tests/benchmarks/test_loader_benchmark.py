@@ -16,7 +16,7 @@ def test_it_runs(tmp_path):
     output = tmp_path / "result.md"
     command = [sys.executable, "-m", "benchmarks.loader", "--small", "--seconds", "0.3", "--output", str(output)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    text = output.read_text()
+    text = output.read_text("utf-8")
     assert run.stdout.strip() == text.strip()
     for part in ("| 16 x 16 x 16 | 2 | default |", "| 2 | all |", "| histogram matching |", "- command: `python"):
         assert part in text

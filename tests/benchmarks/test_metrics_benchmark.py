@@ -18,7 +18,7 @@ def test_it_runs(tmp_path):
     output = tmp_path / "result.md"
     command = [sys.executable, "-m", "benchmarks.metrics", "--small", "--runs", "1", "--output", str(output)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    text = output.read_text()
+    text = output.read_text("utf-8")
     assert run.stdout.strip() == text.strip()
     for part in ("| ours |", "| surface-distance |", "| MONAI |", "- command: `python -m benchmarks.metrics"):
         assert part in text

@@ -11,7 +11,11 @@ def test_it_runs(tmp_path: Path) -> None:
     output = tmp_path / "result.md"
     command = [sys.executable, "-m", "benchmarks.overhead", "--cases", "3", "--once-more", "4", "--output", str(output)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    rows = [line.split(" | ") for line in output.read_text().splitlines() if line.endswith(("computed |", "cached |"))]
+    rows = [
+        line.split(" | ")
+        for line in output.read_text("utf-8").splitlines()
+        if line.endswith(("computed |", "cached |"))
+    ]
     assert [row[0].removeprefix("| ") for row in rows] == [
         "1 new case",
         "3 new cases",

@@ -48,7 +48,7 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     small = ["--nights", "2", "--cases", "40", "--runs", "1", "--questions", "newest", "--output", str(output)]
     monkeypatch.setattr("sys.argv", ["benchmarks/query.py", *small])
     main()
-    text = output.read_text()
+    text = output.read_text("utf-8")
     assert capsys.readouterr().out.strip() == text.strip()
     rows = [row.split("|") for row in text.splitlines() if row.startswith("| flagged")]
     assert [row[2].strip() for row in rows] == list(ARMS)

@@ -31,7 +31,7 @@ def test_dice_against_minutes(scans, tmp_path: Path) -> None:
     output = tmp_path / "accuracy.md"
     arguments = [*scans, "--minutes", "0.02", "--seeds", "1", "--pace", "vnet=150", "--work", tmp_path / "work"]
     bench("accuracy", *arguments, "--output", output)
-    (row,) = [line for line in output.read_text().splitlines() if line.startswith("| vnet")]
+    (row,) = [line for line in output.read_text("utf-8").splitlines() if line.startswith("| vnet")]
     assert row.split("|")[2:4] == [" 0.02 ", " 3 "]
     assert " (1) |" in row, "one seed has no spread"
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -45,7 +45,7 @@ def test_a_loss(scans, tmp_path: Path) -> None:
     bench(
         "losses", *scans, "--only", "linear-dice", "--minutes", "0.03", "--work", tmp_path / "work", "--output", output
     )
-    assert "linear-dice" in output.read_text()
+    assert "linear-dice" in output.read_text("utf-8")
 
 
 def test_a_step(tmp_path: Path) -> None:
@@ -55,4 +55,4 @@ def test_a_step(tmp_path: Path) -> None:
     # 502 GMAC at width 16 and 64 x 128 x 128 voxels; the first convolution and the head shrink less than the rest
     assert row.gmacs == pytest.approx(502.1 * (2 / 16) ** 2 * 16**3 / (64 * 128 * 128), rel=0.04)
     step.report(tmp_path / "step.md", size, device, [row], peak=0.1)
-    assert "No CUDA device was at hand" in (tmp_path / "step.md").read_text()
+    assert "No CUDA device was at hand" in (tmp_path / "step.md").read_text("utf-8")

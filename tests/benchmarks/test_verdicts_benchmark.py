@@ -22,7 +22,7 @@ def test_every_scan_is_a_row_with_its_grid_or_its_reason(tmp_path: Path, monkeyp
     output = tmp_path / "verdicts.md"
     monkeypatch.setattr(sys, "argv", ["verdicts.py", str(folder), "--output", str(output)])
     assert verdicts.main() == 0
-    lines = output.read_text().splitlines()
+    lines = output.read_text("utf-8").splitlines()
     assert "| sound.nii.gz |  | accepted | 4 x 5 x 6 | 2 x 1 x 0.5 |  |" in lines
     assert any(line.startswith("| torn.nii.gz |  | refused `scan.truncated` |  |  |") for line in lines)
     assert "Set aside: 1 not-a-scan." in lines

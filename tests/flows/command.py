@@ -127,11 +127,11 @@ class Command:
 
     @property
     def out(self) -> str:
-        return self._out.read_text()
+        return self._out.read_text("utf-8")
 
     @property
     def err(self) -> str:
-        return self._err.read_text()
+        return self._err.read_text("utf-8")
 
     @property
     def states(self) -> dict[str, str]:

@@ -228,9 +228,9 @@ def test_a_run_without_heartbeats_is_closed_and_one_that_ended_or_is_not_ours_is
         command = [sys.executable, "-c", RUN, "stall", str(tmp_path / name), *what]
         started[name] = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
     subprocess.run([sys.executable, "-c", RUN, "report", "", "vnet"], env=env, check=True, capture_output=True)
-    until(lambda: all((tmp_path / name).exists() and (tmp_path / name).read_text() for name in started), LIMIT_S)
+    until(lambda: all((tmp_path / name).exists() and (tmp_path / name).read_text("utf-8") for name in started), LIMIT_S)
     for name, process in started.items():
-        os.kill(int((tmp_path / name).read_text()), signal.SIGKILL)
+        os.kill(int((tmp_path / name).read_text("utf-8")), signal.SIGKILL)
         process.kill()
         process.wait()
 

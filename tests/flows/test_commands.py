@@ -204,7 +204,8 @@ def test_a_night_is_one_json_document(walkthrough: Walkthrough, root: Path, seco
         if case["state"] == "refused":
             assert case.keys() == CASE_KEYS
             continue
-        assert case.keys() == CASE_KEYS | {"mask", "labels"}
+        # whether a mask of so short a training is flagged, and so waits for a person, is the machine's arithmetic
+        assert case.keys() - {"review"} == CASE_KEYS | {"mask", "labels"}
         assert (case["codes"], case["message"]) == ([], "")
         mask = nibabel.load(case["mask"])
         voxel_ml = abs(np.linalg.det(mask.affine[:3, :3])) / 1000

@@ -94,7 +94,7 @@ def test_every_flow_has_a_form_and_a_cohort_its_nights_and_its_check() -> None:
 
 
 def test_the_file_for_work_pools_holds_the_same_deployments() -> None:
-    written = yaml.safe_load((REPOSITORY / "infra" / "prefect.yaml").read_text())
+    written = yaml.safe_load((REPOSITORY / "infra" / "prefect.yaml").read_text("utf-8"))
     example = Nightly(cohort="liver", model="liver", rules=NightRules(deadline="06:00"), success_by="06:30")
     made = {one.name: one for one in deployments(EMPTY.root, [example], "Europe/Berlin")}
     assert [one["name"] for one in written["deployments"]] == list(made)

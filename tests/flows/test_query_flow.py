@@ -225,7 +225,7 @@ def test_rows_are_written_in_every_format(vnet, tmp_path: Path) -> None:
     for name in ("rows.csv", "rows.json", "rows.parquet"):
         assert vnet("--output", tmp_path / name)[1] == f"4 rows in {tmp_path / name}\n"
     assert pq.read_table(tmp_path / "rows.parquet").to_pylist() == rows
-    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    assert json.loads((tmp_path / "rows.json").read_text("utf-8")) == rows
     vnet("--output", tmp_path / "rows", "--format", "csv")
     assert (tmp_path / "rows").read_bytes() == (tmp_path / "rows.csv").read_bytes()
     assert FILE_FORMATS == FORMATS
@@ -245,7 +245,7 @@ def test_the_commands_of_the_documentation_run(vnet, root: Root, tmp_path: Path,
 
 
 def test_the_documentation_names_every_option_of_a_filter() -> None:
-    text = (REPOSITORY / "docs" / "query.md").read_text()
+    text = (REPOSITORY / "docs" / "query.md").read_text("utf-8")
     parser = ArgumentParser()
     QUERY.arguments(parser)
     filters = next(group for group in parser._action_groups if group.title == "filters")

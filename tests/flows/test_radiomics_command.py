@@ -42,7 +42,7 @@ def test_the_document_and_the_file_hold_every_row(root, tmp_path, capfd):
     assert [row["name"] for row in rows] == ["'=lesion", "'=lesion"]
     assert float(rows[0]["cm_contrast_3D_avg"]) == pytest.approx(5.32, abs=0.005)
     assert pq.read_table(tmp_path / "out" / "features.parquet").to_pylist() == document["rows"]
-    assert json.loads((tmp_path / "out" / "features.json").read_text()) == document["rows"]
+    assert json.loads((tmp_path / "out" / "features.json").read_text("utf-8")) == document["rows"]
 
 
 @extra

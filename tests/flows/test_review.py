@@ -154,7 +154,7 @@ class Place:
 
     @property
     def begun(self) -> list[str]:
-        return (self.root.folder / "begun").read_text().split()
+        return (self.root.folder / "begun").read_text("utf-8").split()
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         ):
             ready = lambda: len(call_api(server.url, "/deployments/filter", {})) == 2  # noqa: E731
             until(lambda: ready() or serving.poll() is not None, 180)
-            assert serving.poll() is None, (folder / "log").read_text()
+            assert serving.poll() is None, (folder / "log").read_text("utf-8")
             yield Place(root, keys, folder / "out" / "liver", server, serving)
             serving.send_signal(signal.SIGTERM)
             serving.wait(40)
@@ -350,7 +350,7 @@ def test_corrections_from_the_command_line_join_the_manifest(root, tmp_path, cap
     fixed = corrected(tmp_path, name="later.nrrd")
     assert vnet(root, "correct", "--cohort", "liver", "--case", "f2", "--mask", str(fixed), "--by", "Dr. Bob") == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert Path(told["training_manifest"]).read_text().count("\n") == 4
+    assert Path(told["training_manifest"]).read_text("utf-8").count("\n") == 4
     assert reviews_of(root) == {"f1": "training", "f2": "training", "f3": "accepted"}
     # a mask that cannot be used decides nothing
     count = len(decisions(root, "liver", "f3"))

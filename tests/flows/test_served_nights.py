@@ -85,4 +85,4 @@ def test_a_missed_night_is_caught_up_cancelled_and_done_by_the_next_run(
     assert not any(change in served.err for change in ("created:", "changed:", "removed:")), served.err
     assert len(caught_up(url)) == 1
     assert served.interrupt() == 0
-    assert json.loads((folder / "nights" / "many" / f"{night.id}.json").read_text())["stopped"] == "cancelled"
+    assert json.loads((folder / "nights" / "many" / f"{night.id}.json").read_text("utf-8"))["stopped"] == "cancelled"

@@ -177,7 +177,7 @@ def test_a_running_server_is_found_and_a_stale_record_is_not(server: ServerProce
     assert running_server(tmp_path) is None
     (tmp_path / "servers").mkdir()
     (record,) = (home / "servers").glob("*.json")
-    reused = json.loads(record.read_text()) | {"started": 1.0}
+    reused = json.loads(record.read_text("utf-8")) | {"started": 1.0}
     (tmp_path / "servers" / "1.json").write_text(json.dumps(reused))
     (tmp_path / "servers" / "2.json").write_text("{")
     assert running_server(tmp_path) is None
@@ -226,12 +226,12 @@ def test_a_private_server_ends_with_its_process_and_the_next_one_closes_its_run(
     command = [sys.executable, "-c", PRIVATE, str(home)]
     env = environment(home)
     with subprocess.Popen([*command, "stall", str(marker)], env=env, stderr=subprocess.DEVNULL) as killed:
-        until(lambda: marker.exists() and marker.read_text())
+        until(lambda: marker.exists() and marker.read_text("utf-8"))
         (record,) = (home / "servers").glob("*.json")
         assert running_server(home) is None  # private
         killed.send_signal(signal.SIGKILL)
-    psutil.Process(int(marker.read_text())).kill()
-    until(lambda: gone(json.loads(record.read_text())["pid"]))
+    psutil.Process(int(marker.read_text("utf-8"))).kill()
+    until(lambda: gone(json.loads(record.read_text("utf-8"))["pid"]))
 
     again = subprocess.run([*command, "report"], env=env, capture_output=True, text=True, check=True)
     assert json.loads(again.stdout) == {
@@ -353,7 +353,7 @@ def test_a_cancelled_run_that_will_not_end_is_killed_and_still_cancelled(
 ) -> None:
     """Its grace is 4 s here; Prefect alone would wait for 30 s."""
     run_id = start_run(server, "sample-stall/local", marker=str(tmp_path / "marker"), cleaning_s=300)
-    until(lambda: (tmp_path / "marker").exists() and (tmp_path / "marker").read_text(), 60)
+    until(lambda: (tmp_path / "marker").exists() and (tmp_path / "marker").read_text("utf-8"), 60)
     _, family = family_of(served, run_id)
     assert len(family) == 2
     call_api(server.url, f"/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}})
@@ -361,7 +361,7 @@ def test_a_cancelled_run_that_will_not_end_is_killed_and_still_cancelled(
     until(lambda: not alive(family), 20)
     assert time.monotonic() - began > 3
     until(lambda: state_of(server, run_id)["type"] == "CANCELLED", 20)
-    assert (tmp_path / "marker").read_text().count("\n") == 1, "it has cleaned up after all"
+    assert (tmp_path / "marker").read_text("utf-8").count("\n") == 1, "it has cleaned up after all"
 
 
 def test_serving_stops_runs_in_good_order(server: ServerProcess, served: subprocess.Popen[str], tmp_path: Path) -> None:
@@ -370,17 +370,17 @@ def test_serving_stops_runs_in_good_order(server: ServerProcess, served: subproc
     for name, marker in markers.items():
         cleaning_s = 300 if name == "stubborn" else 0
         run_ids[name] = start_run(server, "sample-stall/local", marker=str(marker), cleaning_s=cleaning_s)
-    until(lambda: all(marker.exists() and marker.read_text() for marker in markers.values()))
+    until(lambda: all(marker.exists() and marker.read_text("utf-8") for marker in markers.values()))
     family = psutil.Process(served.pid).children(recursive=True)
-    grandchildren = {name: int(marker.read_text()) for name, marker in markers.items()}
+    grandchildren = {name: int(marker.read_text("utf-8")) for name, marker in markers.items()}
     assert set(grandchildren.values()) < {process.pid for process in family}
 
     served.send_signal(signal.SIGTERM)
     out, err = served.communicate(timeout=30)
 
     assert (served.returncode, out) == (0, "stopped\n"), err
-    assert markers["willing"].read_text() == f"{grandchildren['willing']}\ncleaned\n"
-    assert markers["stubborn"].read_text() == f"{grandchildren['stubborn']}\n"
+    assert markers["willing"].read_text("utf-8") == f"{grandchildren['willing']}\ncleaned\n"
+    assert markers["stubborn"].read_text("utf-8") == f"{grandchildren['stubborn']}\n"
     until(lambda: all(gone(process.pid) for process in family), 5)
     willing, stubborn = (state_of(server, run_ids[name]) for name in markers)
     assert (willing["name"], willing["message"]) == ("Crashed", "Execution was aborted by a termination signal.")

@@ -73,7 +73,7 @@ def served(page: "Page", walkthrough: Walkthrough, tmp_path_factory: pytest.Temp
     ):
         started = Served(root, port, process)
         until(lambda: serves(started) or process.poll() is not None, 90)
-        assert process.poll() is None, (folder / "log").read_text()
+        assert process.poll() is None, (folder / "log").read_text("utf-8")
         yield started
         process.terminate()
         try:

@@ -88,6 +88,6 @@ def test_a_tally_counts_cases_and_begins_with_what_was_refused_most():
 
 
 def test_the_table_in_the_documentation_is_that_of_the_program():
-    page = PAGE.read_text()
+    page = PAGE.read_text("utf-8")
     assert page == with_table(page), "run: python -m tests.verdicts"
     assert "| `scan.empty` |" in page

@@ -59,7 +59,7 @@ def test_labels_that_the_plan_does_not_have_are_refused():
 
 
 def test_the_documentation_shows_settings_that_work_and_names_every_flag():
-    page = PAGE.read_text()
+    page = PAGE.read_text("utf-8")
     (shown,) = re.findall(r"```\n(names\..*?)```", page, re.DOTALL)
     settings = Reporting.from_mapping(tomllib.loads(shown))
     assert settings.model_fields_set == Reporting.model_fields.keys()
@@ -70,6 +70,6 @@ def test_the_documentation_shows_settings_that_work_and_names_every_flag():
 
 
 def test_the_table_of_keys_is_that_of_the_settings():
-    page = PAGE.read_text()
+    page = PAGE.read_text("utf-8")
     assert page == with_table(page, Reporting)
     assert "| `implausible_deviations` |" in page

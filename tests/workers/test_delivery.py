@@ -68,7 +68,7 @@ def test_finished_masks_are_copied_and_those_that_wait_are_not(root, folder):
     assert (done.written, done.held, done.removed, done.left) == (("a", "b"), ("c", "d", "e"), (), ())
     assert visible(folder) == {"a.nii.gz", "b.nii.gz"} | INDEX
     assert (folder / "a.nii.gz").read_bytes() == b"a"
-    mask = json.loads((folder / "delivered.json").read_text())["masks"][1]
+    mask = json.loads((folder / "delivered.json").read_text("utf-8"))["masks"][1]
     assert mask["file"] == "b.nii.gz"
     assert mask["volumes_ml"] == {"liver": 1500.0, "=tumour": 2.5}
     assert (mask["model"], mask["result"], mask["night"], mask["review"]) == (
@@ -100,7 +100,7 @@ def test_a_new_mask_replaces_the_old_one(root, folder):
     done = send(root, folder, ("a", result(root, "a", "2", content=b"new"), ""), night=NEXT)
     assert done.written == ("a",)
     assert (folder / "a.nii.gz").read_bytes() == b"new"
-    (mask,) = json.loads((folder / "delivered.json").read_text())["masks"]
+    (mask,) = json.loads((folder / "delivered.json").read_text("utf-8"))["masks"]
     assert (mask["result"], mask["night"]) == ("results/liver/a/2", NEXT.id)
 
 
@@ -113,7 +113,7 @@ def test_a_delivered_mask_that_may_no_longer_be_read_is_taken_away(root, folder,
     done = send(root, folder, ("a", key, review), ("b", other, ""))
     assert (done.removed, done.held, done.unchanged) == (("a",), ("a",), 1)
     assert visible(folder) == {"b.nii.gz"} | INDEX
-    assert [mask["case"] for mask in json.loads((folder / "delivered.json").read_text())["masks"]] == ["b"]
+    assert [mask["case"] for mask in json.loads((folder / "delivered.json").read_text("utf-8"))["masks"]] == ["b"]
 
 
 def test_a_rejected_mask_goes_also_when_its_case_has_a_new_one_that_waits_or_none(root, folder):
@@ -163,7 +163,7 @@ def test_files_of_others_and_changed_ones_are_left_alone(root, folder):
     assert (done.removed, done.left) == ((), ("b",))
     assert (folder / "a.nii.gz").read_bytes() == b"not ours"
     assert (folder / "b.nii.gz").read_bytes() == b"edited by hand"
-    assert (folder / "notes.txt").read_text() == "keep"
+    assert (folder / "notes.txt").read_text("utf-8") == "keep"
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "folder-link", "fifo", "folder"])
@@ -245,7 +245,7 @@ def test_an_index_that_is_not_ours_stops_the_delivery(root, folder, content):
     with pytest.raises(StorageError) as caught:
         send(root, folder, ("a", result(root, "a"), ""))
     assert caught.value.code == "deliver.foreign"
-    assert (folder / "delivered.json").read_text() == content
+    assert (folder / "delivered.json").read_text("utf-8") == content
     assert (folder.parent / "precious").exists()
 
 
@@ -313,6 +313,6 @@ def test_whatever_ends_it_the_next_delivery_finishes_with_the_same_files(root, f
     suffix = name.removeprefix("mask")
     assert visible(folder) == {f"a{suffix}", f"b{suffix}"} | INDEX
     for case, key in zip("ab", newer, strict=True):
-        mask = next(m for m in json.loads((folder / "delivered.json").read_text())["masks"] if m["case"] == case)
+        mask = next(m for m in json.loads((folder / "delivered.json").read_text("utf-8"))["masks"] if m["case"] == case)
         assert mask["result"] == key
-    assert json.loads((folder / "delivered.json").read_text())["writing"] == {}
+    assert json.loads((folder / "delivered.json").read_text("utf-8"))["writing"] == {}

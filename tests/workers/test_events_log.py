@@ -30,7 +30,7 @@ def test_a_line_by_hand(root: Root) -> None:
     log = EventLog(root, "liver", NIGHT)
     log(FAILED, NOW, attempt=2, worker="gpu1:77")
     log(Outcome("b", "ingest", "refused", ("scan.empty",)), NOW + timedelta(seconds=1))
-    lines = root.path(f"logs/liver/{NIGHT}.jsonl").read_text().splitlines()
+    lines = root.path(f"logs/liver/{NIGHT}.jsonl").read_text("utf-8").splitlines()
     assert json.loads(lines[0]) == {
         "time": "2026-11-23T01:02:03.456+00:00",
         "cohort": "liver",

@@ -56,7 +56,7 @@ def reader() -> Iterator[Reader]:
 
 def peak_bytes(reader: Reader) -> int:
     """Most memory that the child has held so far."""
-    status = Path(f"/proc/{reader.pid}/status").read_text()
+    status = Path(f"/proc/{reader.pid}/status").read_text("utf-8")
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
 
 

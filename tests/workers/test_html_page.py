@@ -95,10 +95,10 @@ def rows(root: Root):
 
 def test_niivue_is_the_file_of_its_release_with_its_licence():
     assert hashlib.sha256((VIEWER / "niivue.umd.js").read_bytes()).hexdigest() == NIIVUE_SHA256
-    licence = (VIEWER / "niivue.LICENSE.txt").read_text()
+    licence = (VIEWER / "niivue.LICENSE.txt").read_text("utf-8")
     assert licence.startswith("BSD 2-Clause License")
     assert "Niivue" in licence
-    assert "@niivue/niivue` 0.69.0" in (VIEWER / "README.md").read_text()
+    assert "@niivue/niivue` 0.69.0" in (VIEWER / "README.md").read_text("utf-8")
     ours = {"page.js", "page.css", "README.md"}
     assert {path.name for path in VIEWER.iterdir()} == ours | {"niivue.umd.js", "niivue.LICENSE.txt"}
 

@@ -233,7 +233,9 @@ def test_pydicom_does_not_quote_a_header(capsys, caplog):
 
 
 def written_in(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_text("utf-8") for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def test_paths_are_in_the_private_folder_alone(root, tmp_path):

@@ -461,7 +461,7 @@ def test_the_columns_that_older_versions_wrote_are_still_the_first_and_in_order(
 
 
 def test_every_column_is_explained_in_the_documentation() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "quality.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "quality.md").read_text("utf-8")
     missing = [name for name in SCHEMA.names if f"`{name}`" not in page]
     assert not missing
 

@@ -580,7 +580,7 @@ def test_every_stage_hands_the_geometry_on(tmp_path, number, suffix, mask_format
     image, source = sitk.ReadImage(str(mask)), sitk.ReadImage(str(scan))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(image), known)
     np.testing.assert_allclose(world(image, known), world(source, known), rtol=0, atol=2e-4)
-    report = json.loads(root.path(f"{outcome.key}/report.json").read_text())
+    report = json.loads(root.path(f"{outcome.key}/report.json").read_text("utf-8"))
     voxel_ml = np.prod(SPACING_XYZ) / 1000
     volumes = {row["name"]: row["volume_ml"] for row in report["labels"]}
     assert volumes == {

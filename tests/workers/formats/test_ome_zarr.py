@@ -60,7 +60,7 @@ def image(folder: Path, version: int = 3, voxels: np.ndarray | None = None, ome:
 
 def edited(path: Path, *keys: object, value: object) -> None:
     """The JSON file with the value at ``keys`` set, or removed for ``...``."""
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text("utf-8"))
     place = content
     for key in keys[:-1]:
         place = place[key]
