@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.object_store import object_store, writable_store
 from tests.walkthrough import REPOSITORY, run_page
+
+__all__ = ["object_store", "writable_store"]
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from vnet_core.errors import ScanError
-from workers.store import Root, file_digest, raise_if_full
+from workers.folders import raise_if_full
+from workers.store import Root, file_digest
 
 PREFIX = "archives"
 """Where in the storage root unpacked archives lie."""

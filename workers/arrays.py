@@ -19,7 +19,8 @@ from vnet_core.colours import rgb
 from vnet_core.errors import StorageError
 from vnet_core.geometry import Geometry, to_mapping
 from vnet_core.plan import Label
-from workers.store import Root, raise_if_full
+from workers.folders import raise_if_full
+from workers.store import Root
 
 CHUNK_EDGE = 64
 """Voxels along each edge of a chunk, the unit of reading."""

@@ -12,8 +12,9 @@ import threading
 from datetime import datetime
 from typing import Any
 
+from workers.folders import raise_if_full
 from workers.ledger import Outcome
-from workers.store import Root, raise_if_full
+from workers.store import Root
 
 
 class EventLog:

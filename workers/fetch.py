@@ -21,8 +21,8 @@ import requests
 from vnet_core.errors import ConfigError, ScanError, StorageError
 from workers import archives
 from workers.datasets import CATALOGUE, Dataset, Remote
+from workers.folders import raise_if_full
 from workers.ledger import Outcome, State, settle
-from workers.store import raise_if_full
 
 STAGE = "fetch"
 ATTEMPTS = 5

@@ -28,9 +28,10 @@ from vnet_core.volume import Volume
 from workers.arrays import write_ome_labels
 from workers.cohort import Case
 from workers.failpoints import fail_point
+from workers.folders import raise_if_full
 from workers.reading import read_scan_apart
 from workers.scans import read_label, source_files, write_label
-from workers.store import Root, raise_if_full
+from workers.store import Root
 
 if TYPE_CHECKING:
     from workers.dicom.derived import Algorithm

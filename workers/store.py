@@ -1,117 +1,132 @@
 """The storage root: bytes under keys, written whole or not at all, and the receipts that say what is finished.
 
-A key is a relative path with forward slashes. ``put`` is atomic and durable: temporary file, fsync, rename, fsync of
-the folder. A result of several files exists if and only if its ``receipt.json`` does, which is written last and holds
+A key is a relative path with forward slashes. A root is a folder or a prefix of an S3 bucket; what uses it does not
+know which. A result of several files exists if and only if its ``receipt.json`` does, which is written last and holds
 the SHA-256 of every other file.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
+from uuid import uuid4
 
 from vnet_core.errors import ConfigError, StorageError
+from workers.buckets import Bucket
+from workers.folders import Folder
+from workers.objects import Place, Stored
 
 RECEIPT = "receipt.json"
+HOME_VARIABLE = "VNET_HOME"
+"""Names the folder of this machine for what belongs to a root and cannot lie in a bucket."""
 _PART = re.compile(r"[A-Za-z0-9._@+=-]+")
 
 
 class Root:
-    """A storage root on a local or mounted file system."""
+    """A storage root."""
 
     def __init__(self, url: str | Path) -> None:
-        """``url`` is a folder or a ``file://`` URL; nothing is created yet.
+        """``url`` is a folder, a ``file://`` URL or ``s3://bucket/prefix``; nothing is created or asked yet.
 
-        Raises ConfigError ``store.scheme`` for other schemes.
+        Raises ConfigError ``store.scheme`` for other schemes and ``store.bucket`` for what is no bucket's name.
         """
         text = str(url)
         parts = urlsplit(text)
-        if parts.scheme not in ("", "file"):
-            raise ConfigError("store.scheme", f"storage root {text} has scheme {parts.scheme}; use a folder or file://")
-        self.folder = Path(unquote(parts.path) if parts.scheme else text).expanduser().resolve()
+        if parts.scheme == "s3":
+            bucket = Bucket(parts.netloc, unquote(parts.path))
+            self.place: Place = bucket
+            self.home = _home() / f"{bucket.bucket}-{hashlib.sha256(bucket.url.encode()).hexdigest()[:12]}"
+        elif parts.scheme in ("", "file"):
+            folder = Path(unquote(parts.path) if parts.scheme else text).expanduser().resolve()
+            self.place = Folder(folder)
+            self.home = folder
+        else:
+            raise ConfigError(
+                "store.scheme",
+                f"storage root {text} has scheme {parts.scheme}; use a folder, file:// or s3://bucket/prefix",
+            )
+
+    home: Path
+    """This machine's folder for what belongs to the root and cannot be an object: Prefect's database, logs, unpacked
+    archives. Of a root in a folder it is that folder."""
 
     @property
     def url(self) -> str:
-        """The root as a ``file://`` URL."""
-        return self.folder.as_uri()
+        """The root as a URL, by which other processes open it."""
+        return self.place.url
+
+    @property
+    def shown(self) -> str:
+        """The root as people write it: the folder, or the URL of the bucket."""
+        return str(self.place.folder) if isinstance(self.place, Folder) else self.url
+
+    # TRANSITION: removed when nothing uses it any more
+    @property
+    def folder(self) -> Path:
+        """The folder of this machine."""
+        return self.home
 
     def path(self, key: str) -> Path:
-        """The file or folder of a key. Keys that could leave the root are refused (``store.key``)."""
-        if any(part in ("", ".", "..") or not _PART.fullmatch(part) for part in key.split("/")):
-            raise StorageError("store.key", f"key {key!r} has an empty, relative or unusual part; use [A-Za-z0-9._-]")
-        return self.folder / key
+        """The file of a key in a folder."""
+        return self.home / _checked(key)
+
+    def where(self, key: str) -> str:
+        """An object or prefix as people write it."""
+        return f"{self.shown}/{_checked(key)}"
 
     def probe(self) -> None:
-        """Write and delete one small object; StorageError ``store.unwritable`` or ``store.full`` says what failed."""
+        """Write, read, refuse to overwrite and delete one small object.
+
+        StorageError ``store.unwritable``, ``store.full``, ``store.denied``, ``store.unavailable`` or
+        ``store.no-bucket`` says what failed, and ``store.overwrites`` that exclusive writes do not exist there.
+        """
+        key = f".probe-{uuid4().hex}"
         try:
-            self.put(".probe", b"probe")
-            self.path(".probe").unlink(missing_ok=True)
+            self.put(key, b"probe")
+            exclusive = not self.create(key, b"other")
+            self.delete(key)
         except StorageError:
             raise
         except OSError as error:
             raise StorageError(
                 "store.unwritable",
-                f"the storage root {self.folder} cannot be written ({error.strerror or error}); choose another with"
+                f"the storage root {self.shown} cannot be written ({error.strerror or error}); choose another with"
                 " --root or VNET_ROOT, or mend its permissions",
             ) from error
+        if not exclusive:
+            raise StorageError(
+                "store.overwrites",
+                f"the object store of {self.url} overwrites what it is asked to create only once (it ignores"
+                " If-None-Match), so that two runs could do the same case; use one that keeps to it, or a folder",
+            )
 
     def put(self, key: str, content: bytes) -> None:
         """Write an object whole; an existing one is replaced. StorageError ``store.full`` when no space is left."""
-        path = self.path(key)
-        with self._written_beside(path, content) as temporary:
-            os.replace(temporary, path)
+        self.place.put(_checked(key), content)
 
     def create(self, key: str, content: bytes) -> bool:
         """Write an object whole, and only where there is none; whether it was written.
 
         Of several writers at once exactly one is told True. StorageError ``store.full`` as for :meth:`put`.
         """
-        path = self.path(key)
-        if path.exists():
-            return False
-        with self._written_beside(path, content) as temporary:
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-        return True
-
-    @contextmanager
-    def _written_beside(self, path: Path, content: bytes) -> Iterator[Path]:
-        """A durable file with the content beside ``path``, for the block to give it its name; the folder is synced."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=".put-")
-            temporary = Path(name)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                yield temporary
-            finally:
-                temporary.unlink(missing_ok=True)
-            _sync_folder(path.parent)
-        except OSError as error:
-            raise_if_full(error, self.folder)
-            raise
+        return self.place.create(_checked(key), content)
 
     def get(self, key: str) -> bytes:
         """An object's bytes; StorageError ``store.missing`` names the key."""
-        try:
-            return self.path(key).read_bytes()
-        except FileNotFoundError:
-            raise StorageError("store.missing", f"{key} is not in the storage root {self.folder}") from None
+        with self._found(key):
+            return self.place.get(_checked(key))
+
+    def open(self, key: str) -> BinaryIO:
+        """An object to read from, seekable, to be closed; StorageError ``store.missing`` names the key."""
+        with self._found(key):
+            return self.place.open(_checked(key))
 
     def put_json(self, key: str, value: Any) -> None:
         """Write plain data as JSON."""
@@ -125,58 +140,96 @@ class Root:
             raise StorageError("store.corrupt", f"{key} is not JSON ({error}); delete it and run again") from error
 
     def exists(self, key: str) -> bool:
-        """Whether an object or folder is there."""
-        return self.path(key).exists()
+        """Whether an object or anything below a prefix is there."""
+        return self.place.exists(_checked(key))
+
+    def is_object(self, key: str) -> bool:
+        """Whether an object of this very key is there: one question, also where listing costs more."""
+        return self.place.is_object(_checked(key))
 
     def names(self, prefix: str) -> list[str]:
-        """Sorted names directly under a prefix; empty when there is none. Unfinished writes are left out."""
-        folder = self.path(prefix)
-        return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+        """Sorted names directly under a prefix; empty when there is none. Unfinished writes are left out; a bucket may
+        still name a prefix for a while after its last object was deleted."""
+        return self.place.names(_checked(prefix))
+
+    def walk(self, prefix: str) -> Iterator[Stored]:
+        """Every object of this key or below it, by key; ``""`` for the whole root. Unfinished writes are left out."""
+        return self.place.walk(_checked(prefix) if prefix else "")
 
     def delete(self, prefix: str) -> None:
-        """Remove an object or everything under a prefix; nothing happens when it is not there."""
-        path = self.path(prefix)
-        if path.is_dir():
-            for receipt in path.rglob(RECEIPT):
-                receipt.unlink()
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        """Remove an object or everything under a prefix, receipts first; nothing happens when it is not there."""
+        for stored in self.walk(prefix):
+            if stored.key.rpartition("/")[2] == RECEIPT:
+                self.place.delete(stored.key)
+        self.place.delete(_checked(prefix))
+
+    @contextmanager
+    def at_hand(self, key: str) -> Iterator[Path]:
+        """An object, or all that lies below a prefix, as a file or folder of this machine, to be read only, and only
+        within the block. StorageError ``store.missing`` names the key."""
+        with ExitStack() as stack:
+            with self._found(key):
+                path = stack.enter_context(self.place.at_hand(_checked(key)))
+            yield path
+
+    @contextmanager
+    def written(self, key: str) -> Iterator[Path]:
+        """A path of this machine, named like the key's last part, for the block to write a file or folder at; at the
+        end of the block it is stored under the key. Not atomic: a receipt comes after it."""
+        with self.place.written(_checked(key)) as path:
+            yield path
 
     def receipt(self, prefix: str) -> dict[str, Any] | None:
         """The receipt of a finished result, or None when it is not finished."""
-        return self.get_json(f"{prefix}/{RECEIPT}") if self.exists(f"{prefix}/{RECEIPT}") else None
+        try:
+            found: dict[str, Any] = self.get_json(f"{prefix}/{RECEIPT}")
+        except StorageError as error:
+            if error.code != "store.missing":
+                raise
+            return None
+        return found
 
     def seal(self, prefix: str, facts: dict[str, Any]) -> dict[str, Any]:
         """Make every file under ``prefix`` durable and publish the result by writing its receipt.
 
-        The receipt is ``facts`` and ``files``: SHA-256 by path relative to the prefix.
+        The receipt is ``facts`` and ``files``: SHA-256, of the bytes read back, by path relative to the prefix.
         """
-        folder = self.path(prefix)
-        files = {}
-        for path in _files(folder):
-            name = path.relative_to(folder).as_posix()
-            if name != RECEIPT:
-                with path.open("rb") as file:
-                    files[name] = hashlib.file_digest(file, "sha256").hexdigest()
-                    os.fsync(file.fileno())
-                _sync_folder(path.parent)
+        self.place.sync(_checked(prefix))
+        names = (stored.key.removeprefix(f"{prefix}/") for stored in self.walk(prefix))
+        files = {name: self.digest(f"{prefix}/{name}") for name in names if name != RECEIPT}
         receipt = {**facts, "files": files}
         self.put_json(f"{prefix}/{RECEIPT}", receipt)
         return receipt
+
+    def digest(self, key: str) -> str:
+        """SHA-256 (hex) of an object's bytes; FileNotFoundError when there is none."""
+        digest = hashlib.sha256()
+        with self.place.open(key) as file:
+            while some := file.read(1 << 20):
+                digest.update(some)
+        return digest.hexdigest()
 
     def damaged(self, prefix: str) -> list[str]:
         """Files of a finished result that are missing or whose SHA-256 is not the receipt's."""
         receipt = self.receipt(prefix)
         if receipt is None:
             return [RECEIPT]
-        folder = self.path(prefix)
         bad = []
         for name, digest in receipt["files"].items():
-            path = folder / name
-            if not path.is_file() or file_digest(path) != digest:
+            try:
+                same = self.digest(f"{prefix}/{name}") == digest
+            except (FileNotFoundError, IsADirectoryError):
+                same = False
+            if not same:
                 bad.append(name)
         return bad
+
+    @contextmanager
+    def _found(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise StorageError("store.missing", f"{key} is not in the storage root {self.shown}") from None
 
 
 def file_digest(path: Path) -> str:
@@ -185,22 +238,15 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def raise_if_full(error: OSError, folder: Path) -> None:
-    """Turn an operating system's "no space left" into StorageError ``store.full``; others pass."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free >> 20
-        raise StorageError(
-            "store.full", f"no space is left in the storage root {folder} ({free} MiB free); free some and run again"
-        ) from error
+def _checked(key: str) -> str:
+    """The key, unless it could leave the root: StorageError ``store.key``."""
+    if any(part in ("", ".", "..") or not _PART.fullmatch(part) for part in key.split("/")):
+        raise StorageError("store.key", f"key {key!r} has an empty, relative or unusual part; use [A-Za-z0-9._-]")
+    return key
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".put-"))
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _home() -> Path:
+    """Where the folders of roots in buckets lie: VNET_HOME, else below XDG_DATA_HOME or ~/.local/share."""
+    named = os.environ.get(HOME_VARIABLE)
+    shared = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(named or f"{shared}/vnet-cohort").expanduser().resolve()

@@ -1,0 +1,178 @@
+"""A local or mounted folder as a place for objects."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from vnet_core.errors import StorageError
+from workers.objects import Stored
+
+UNFINISHED = ".put-"
+"""How the names of half-written objects begin."""
+
+
+class Folder:
+    """Objects are files. A write is atomic and durable: temporary file, fsync, rename, fsync of the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Nothing is created yet."""
+        self.folder = folder
+        self.url = folder.as_uri()
+
+    def put(self, key: str, content: bytes) -> None:
+        path = self.folder / key
+        with self._written_beside(path, content) as temporary:
+            os.replace(temporary, path)
+
+    def create(self, key: str, content: bytes) -> bool:
+        path = self.folder / key
+        if path.exists():
+            return False
+        with self._written_beside(path, content) as temporary:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+        return True
+
+    @contextmanager
+    def _written_beside(self, path: Path, content: bytes) -> Iterator[Path]:
+        """A durable file with the content beside ``path``, for the block to give it its name; the folder is synced."""
+        with self._room():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED)
+            temporary = Path(name)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                yield temporary
+            finally:
+                temporary.unlink(missing_ok=True)
+            _sync_folder(path.parent)
+
+    def get(self, key: str) -> bytes:
+        return (self.folder / key).read_bytes()
+
+    def open(self, key: str) -> BinaryIO:
+        return (self.folder / key).open("rb")
+
+    def is_object(self, key: str) -> bool:
+        return (self.folder / key).is_file()
+
+    def exists(self, key: str) -> bool:
+        return (self.folder / key).exists()
+
+    def names(self, prefix: str) -> list[str]:
+        folder = self.folder / prefix
+        return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+
+    def walk(self, prefix: str) -> Iterator[Stored]:
+        start = self.folder / prefix
+        if start.is_file():
+            yield self._stored(start)
+            return
+        for path in sorted(path for path in _files(start) if not path.name.startswith(UNFINISHED)):
+            try:
+                yield self._stored(path)
+            except FileNotFoundError:
+                continue  # somebody works on it
+
+    def links(self, prefix: str) -> list[str]:
+        start = self.folder / prefix
+        if start.is_symlink():
+            return [prefix]
+        found = (Path(place, name) for place, folders, names in os.walk(start) for name in (*folders, *names))
+        return sorted(path.relative_to(self.folder).as_posix() for path in found if path.is_symlink())
+
+    def leftovers(self) -> Iterator[Stored]:
+        for path in _files(self.folder):
+            if path.name.startswith(UNFINISHED):
+                try:
+                    yield self._stored(path)
+                except FileNotFoundError:
+                    continue
+
+    def discard(self, leftover: Stored) -> None:
+        (self.folder / leftover.key).unlink(missing_ok=True)
+
+    def delete(self, key: str) -> None:
+        path = self.folder / key
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def sync(self, prefix: str) -> None:
+        places = set()
+        for path in _files(self.folder / prefix):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            places.add(path.parent)
+        for place in places:
+            _sync_folder(place)
+
+    @contextmanager
+    def at_hand(self, key: str) -> Iterator[Path]:
+        path = self.folder / key
+        if not path.exists():
+            raise FileNotFoundError(key)
+        yield path
+
+    @contextmanager
+    def written(self, key: str) -> Iterator[Path]:
+        path = self.folder / key
+        with self._room():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield path
+
+    def free_bytes(self) -> int | None:
+        return shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise_if_full(error, self.folder)
+            raise
+
+    def _stored(self, path: Path) -> Stored:
+        facts = path.stat()
+        key = path.relative_to(self.folder).as_posix()
+        return Stored(key, facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC))
+
+
+def raise_if_full(error: OSError, folder: Path) -> None:
+    """Turn an operating system's "no space left" into StorageError ``store.full``; others pass."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free >> 20
+        raise StorageError(
+            "store.full", f"no space is left in {folder} ({free} MiB free); free some and run again"
+        ) from (error)
+
+
+def _files(start: Path) -> Iterator[Path]:
+    """Regular files below a folder; links are not followed."""
+    for place, _, names in os.walk(start):
+        for name in names:
+            path = Path(place, name)
+            if path.is_file() and not path.is_symlink():
+                yield path
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
