@@ -120,13 +120,13 @@ def publish_all(root: Root, example: Root) -> None:
     receipt = json.loads((folder / "receipt.json").read_bytes())
     for entry in load_entries(root, COHORT):
         key = key_of(Job(COHORT, entry.case, "nifti"), model)
-        shutil.copytree(folder, root.path(key), ignore=shutil.ignore_patterns("receipt.json"))
+        shutil.copytree(folder, root.home / key, ignore=shutil.ignore_patterns("receipt.json"))
         root.put_json(f"{key}/receipt.json", receipt | {"case_digest": entry.case.digest})
 
 
 def nightly(root: Root) -> Measured:
     """``vnet nightly`` as a process of its own."""
-    command = [VNET, "nightly", "--cohort", COHORT, "--model", MODEL, "--root", str(root.folder), "--json"]
+    command = [VNET, "nightly", "--cohort", COHORT, "--model", MODEL, "--root", root.shown, "--json"]
     tasks, started = task_runs(root), time.monotonic()
     with tempfile.TemporaryFile() as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL)
@@ -154,7 +154,7 @@ def watched(process: subprocess.Popen[bytes]) -> tuple[float, float]:
 
 def task_runs(root: Root) -> int:
     """Task runs in the database of the root's Prefect server."""
-    database = root.folder / "prefect" / "prefect.db"
+    database = root.home / "prefect" / "prefect.db"
     if not database.exists():
         return 0
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:

@@ -116,8 +116,8 @@ def _environment(options: argparse.Namespace) -> Iterator[Callable[[], None]]:
     if options.site:
         os.environ[SITE_VARIABLE] = str(Path(options.site).resolve())
     session = open_session()
-    os.environ[ROOT_VARIABLE] = str(session.root.folder)
-    home = session.root.folder / "prefect"
+    os.environ[ROOT_VARIABLE] = session.root.shown
+    home = session.root.home / "prefect"
     os.environ.update(prefect_environment(home))
     if options.verbose:
         os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO"

@@ -54,7 +54,7 @@ def demo() -> Result:
     """``vnet demo``: make the cohort, run every stage, and say where everything lies."""
     session = open_session()
     started = time.monotonic()
-    scans = session.root.folder / "demo-scans"
+    scans = session.root.home / "demo-scans"
     say(f"making {TRAINING_CASES} labelled and {NEW_CASES + 1} new scans from seed {SEED} in {scans}")
     make_scans(scans)
     labels = tuple(f"{label.value}={label.name}" for label in LABELS)
@@ -95,12 +95,12 @@ def make_scans(folder: Path) -> None:
 
 
 def _result(session: Session, scans: Path, night: Mapping[str, Any], seconds: float) -> Result:
-    masks = session.root.folder / "demo-masks"
+    masks = session.root.home / "demo-masks"
     cases = []
     for outcome in night["outcomes"]:
         if outcome.done:
             report = load_report(session.root, outcome.key)
-            copy_mask(session.root.path(f"{outcome.key}/{report['mask']}"), masks, outcome.case)
+            copy_mask(session.root, f"{outcome.key}/{report['mask']}", masks, outcome.case)
         cases.append(case_row(outcome))
     found = evaluate(masks_in(masks), masks_in(scans / "truth"), LABELS)
     rows = [{"case": e.outcome.case} | row for e in found for row in e.labels]
@@ -109,7 +109,7 @@ def _result(session: Session, scans: Path, night: Mapping[str, Any], seconds: fl
         for label in LABELS
     }
     undone = [f"{o.case}: {o.state}, {o.message}" for o in night["outcomes"] if not o.done]
-    report_csv = session.root.path(f"reports/demo-night/{night['night']}.csv")
+    report_csv = session.root.where(f"reports/demo-night/{night['night']}.csv")
     port = session.site.ui_port
     lines = [
         "",
@@ -121,7 +121,7 @@ def _result(session: Session, scans: Path, night: Mapping[str, Any], seconds: fl
         "",
         f"masks:  {masks}",
         f"report: {report_csv}",
-        f"UI:     .venv/bin/vnet serve --root {session.root.folder}, then http://127.0.0.1:{port}/v2/artifacts",
+        f"UI:     .venv/bin/vnet serve --root {session.root.shown}, then http://127.0.0.1:{port}/v2/artifacts",
         "        (the night's report with its pictures is the artifact night-demo-night)",
         f"{seconds:.0f} s in all. Research software, not a medical device.",
     ]

@@ -59,7 +59,7 @@ def prefect(root: Root, site: Site) -> Iterator[Check]:
     """The Prefect API: whether it answers, in this version, and has the deployments and automations of the site."""
     import prefect as installed
 
-    url = os.environ.get("PREFECT_API_URL") or running_server(root.folder / "prefect")
+    url = os.environ.get("PREFECT_API_URL") or running_server(root.home / "prefect")
     if url is None:
         remedy = (
             "start vnet serve, or make it a service of the system: no schedule runs without" if site.nightly else ""

@@ -18,7 +18,7 @@ from vnet_core.geometry import Geometry
 from workers import attempts, nights
 from workers.attempts import Failure
 from workers.cohort import Entry, check_reading, load_cohort, load_entries
-from workers.events_log import EventLog
+from workers.events_log import EventLog, keep_events
 from workers.failpoints import fail_point
 from workers.forecast import Forecast, Kind, forecast, kind_of, recorded_cost
 from workers.ingest import preview
@@ -30,6 +30,7 @@ from workers.nights import Night
 from workers.report import write_night
 from workers.rules import NightRules
 from workers.segment import STAGE, Job, key_of
+from workers.store import Root
 
 MIRROR_AXES = (0, 1, 2)
 """What a person's "run again with mirroring" mirrors along: z, y, x."""
@@ -99,7 +100,7 @@ def run_night(session: Session, order: Order, model: Model, started: datetime) -
             shift.carry_over([entry.case.id for entry in entries], "cancelled")
             ended = nights.ended(night, list(shift.settled.values()), "cancelled", session.clock())
             write_night(root, ended, _by_case(shift.settled), entries)
-            nights.save(root, ended)
+            _close(root, ended)
             raise
         outcomes = _by_case(shift.settled)
         _remember(session, order, model, night, jobs, shift.settled)
@@ -107,7 +108,7 @@ def run_night(session: Session, order: Order, model: Model, started: datetime) -
         fail_point("night:rows")
         rows = report_night(root, ended, outcomes, entries)
         fail_point("night:record")
-        nights.save(root, ended)
+        _close(root, ended)
     return Result(ended, outcomes, rows, jobs)
 
 
@@ -165,8 +166,14 @@ def close_abandoned(session: Session, night: Night) -> None:
     outcomes.sort(key=lambda outcome: outcome.case)
     ended = nights.ended(night, outcomes, "died", session.clock())
     write_night(root, ended, outcomes, entries)
-    nights.save(root, ended)
+    _close(root, ended)
     get_run_logger().warning("night %s of cohort %s had died; its record is closed now", night.id, night.cohort)
+
+
+def _close(root: Root, night: Night) -> None:
+    """Write the record of a night that is over, after its log."""
+    keep_events(root, night.cohort, night.id)
+    nights.save(root, night)
 
 
 def _found(session: Session, night: Night, job: Job, key: str, failed: Sequence[Failure]) -> Outcome:

@@ -86,7 +86,7 @@ class Watch:
 
         try:
             sources = load_cohort(self._root, cohort.name).sources
-            if cohort.settled(snapshot(sources, self._root.folder), time.monotonic()):
+            if cohort.settled(snapshot(sources, self._root.home), time.monotonic()):
                 cohort.due = f"arrival {cohort.name} {uuid4()}"
             if cohort.due:
                 # a run that is under way may have looked before the files came: its end is waited for

@@ -1,8 +1,8 @@
 """Zip and tar archives: judged before and while they are unpacked, each into a folder of its own.
 
 An archive that is a source of scans lies unpacked under ``archives/<first 40 digits of the SHA-256 of its bytes>`` in
-the storage root and appears there whole or not at all, so the same archive is unpacked once. Archives within an archive
-stay closed. Messages name no member, because a name may identify a patient.
+the private folder and appears there whole or not at all, so the same archive is unpacked once. Archives within an
+archive stay closed. Messages name no member, because a name may identify a patient.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from vnet_core.errors import ScanError
-from workers.folders import raise_if_full
 from workers.store import Root, file_digest
 
 PREFIX = "archives"
-"""Where in the storage root unpacked archives lie."""
+"""Where in the private folder unpacked archives lie."""
 FOLDER = "scans"
 """Name of the folder that holds what an archive holds."""
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -91,7 +90,7 @@ def archive_stem(path: Path) -> str:
     return re.sub(r"(\.tar\.gz|\.tgz|\.tar|\.zip)$", "", path.name, flags=re.IGNORECASE)
 
 
-def unpacked(root: Root, archive: Path, limits: Limits = LIMITS) -> Path:
+def unpacked(private: Root, archive: Path, limits: Limits = LIMITS) -> Path:
     """The folder that holds what the archive holds; an archive that was unpacked before is not again.
 
     Where the archive has one single folder at its top, that folder's content is what it holds. ``ScanError``:
@@ -105,11 +104,11 @@ def unpacked(root: Root, archive: Path, limits: Limits = LIMITS) -> Path:
     except OSError as error:
         raise ScanError("scan.unreadable", f"the archive cannot be opened: {error.strerror}") from None
     key = f"{PREFIX}/{digest[:40]}"
-    folder = root.path(f"{key}/{FOLDER}")
+    parent = private.home / key
+    folder = parent / FOLDER
     if folder.is_dir():
         return folder
-    parent = root.path(key)
-    try:
+    with private.room():
         parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=parent))
         try:
@@ -117,9 +116,6 @@ def unpacked(root: Root, archive: Path, limits: Limits = LIMITS) -> Path:
             _publish(content_of(staging), folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
-        raise_if_full(error, root.folder)
-        raise
     return folder
 
 

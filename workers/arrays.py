@@ -7,19 +7,20 @@ writer writes a whole array, so a lost or damaged chunk is an error and never re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+import zarr.abc.store
 import zarr.errors
+import zarr.storage
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
 from vnet_core.colours import rgb
 from vnet_core.errors import StorageError
 from vnet_core.geometry import Geometry, to_mapping
 from vnet_core.plan import Label
-from workers.folders import raise_if_full
+from workers.buckets import Bucket
 from workers.store import Root
 
 CHUNK_EDGE = 64
@@ -31,13 +32,10 @@ SHARD_EDGE = 256
 def write_arrays(root: Root, prefix: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
     """A Zarr group under ``prefix`` with arrays (..., Z, Y, X) and attributes; what was there is replaced."""
     root.delete(prefix)
-    try:
-        group = zarr.open_group(_store(root, prefix), mode="w", zarr_format=3, attributes=attributes)
+    with root.room():
+        group = zarr.open_group(zarr_store(root), path=prefix, mode="w", zarr_format=3, attributes=attributes)
         for name, array in arrays.items():
             _write(group, name, array)
-    except OSError as error:
-        raise_if_full(error, root.folder)
-        raise
 
 
 def _write(group: zarr.Group, name: str, array: np.ndarray, dimension_names: Sequence[str] | None = None) -> None:
@@ -67,10 +65,11 @@ def _write(group: zarr.Group, name: str, array: np.ndarray, dimension_names: Seq
 def read_array(root: Root, prefix: str, name: str) -> np.ndarray:
     """A whole array. StorageError ``store.corrupt`` when a chunk is missing or damaged."""
     try:
-        array = zarr.open_array(_store(root, f"{prefix}/{name}"), mode="r")
+        array = zarr.open_array(zarr_store(root), path=f"{prefix}/{name}", mode="r")
         shards = np.ndindex(*(-(-n // s) for n, s in zip(array.shape, array.shards or array.chunks, strict=True)))
-        folder = root.path(f"{prefix}/{name}/c")
-        missing = [index for index in shards if not _size(folder.joinpath(*map(str, index)))]
+        start = f"{prefix}/{name}/c/"
+        there = {stored.key.removeprefix(start) for stored in root.walk(start.rstrip("/")) if stored.size}
+        missing = [index for index in shards if "/".join(map(str, index)) not in there]
         if missing:
             raise StorageError(
                 "store.corrupt",
@@ -116,13 +115,13 @@ def write_ome_labels(root: Root, prefix: str, mask: np.ndarray, geometry: Geomet
     }
     root.delete(prefix)
     attributes: dict[str, Any] = {"ome": ome, "vnet": {"geometry": to_mapping(geometry)}}
-    group = zarr.open_group(_store(root, prefix), mode="w", zarr_format=3, attributes=attributes)
-    _write(group, "0", mask, dimension_names=("z", "y", "x"))
+    with root.room():
+        group = zarr.open_group(zarr_store(root), path=prefix, mode="w", zarr_format=3, attributes=attributes)
+        _write(group, "0", mask, dimension_names=("z", "y", "x"))
 
 
-def _store(root: Root, prefix: str) -> zarr.storage.LocalStore:
-    return zarr.storage.LocalStore(Path(root.path(prefix)))
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+def zarr_store(root: Root) -> zarr.abc.store.Store:
+    """The root as Zarr sees it; arrays and groups are at the keys of the root."""
+    if isinstance(root.place, Bucket):
+        return zarr.storage.ObjectStore(root.place.store)
+    return zarr.storage.LocalStore(root.home)

@@ -153,6 +153,9 @@ class Bucket:
             with self._answers(key):
                 obstore.delete(self.store, gone)
 
+    def tidy(self, prefix: str) -> None:
+        """There is none without an object."""
+
     def sync(self, prefix: str) -> None:
         """What a server has acknowledged is durable by its own rules."""
 
@@ -197,7 +200,12 @@ class Bucket:
         with self._answers(key):
             obstore.put(self.store, key, path)
 
-    def free_bytes(self) -> int | None:
+    @contextmanager
+    def room(self) -> Iterator[None]:
+        with self._answers("what is written"):
+            yield
+
+    def space(self) -> tuple[int, int] | None:
         return None
 
     @contextmanager

@@ -124,7 +124,7 @@ def load_cohort(root: Root, name: str) -> Cohort:
         known = ", ".join(root.names("cohorts")) or "none"
         raise ConfigError(
             "cohort.unknown",
-            f"there is no cohort {name!r} in {root.folder} (known: {known}); make it with vnet ingest SOURCE --cohort",
+            f"there is no cohort {name!r} in {root.shown} (known: {known}); make it with vnet ingest SOURCE --cohort",
         ) from None
     return Cohort(
         mapping["name"],

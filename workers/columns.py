@@ -123,7 +123,8 @@ def settings_of_table(schema: pa.Schema) -> Reporting:
 def read_table(root: Root, cohort: str, night: str) -> pa.Table:
     """The table of a night."""
     # whole and by one thread: the readers of larger-than-memory data take more memory than such a table
-    return pq.ParquetFile(root.path(table_key(cohort, night))).read(use_threads=False)
+    with root.open(table_key(cohort, night)) as file:
+        return pq.ParquetFile(file).read(use_threads=False)
 
 
 def table_key(cohort: str, night: str) -> str:

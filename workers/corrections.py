@@ -133,14 +133,14 @@ def training_manifest(root: Root, cohort: str) -> Training:
         if entry is None or entry.case.digest != correction.case_digest or not _writable(entry):
             outdated.append(correction.case)
             continue
-        label = private.path(f"{_folder(cohort, correction.case)}/{MASK}")
+        label = private.home / _folder(cohort, correction.case) / MASK
         rows.append([correction.case, *entry.case.channels, str(label), entry.case.patient or ""])
     key = f"training/{cohort}.csv"
     if not rows:
         private.delete(key)
         return Training(None, (), tuple(outdated))
     _put_private(private, key, _csv([_columns(loaded), *rows]))
-    return Training(private.path(key), tuple(row[0] for row in rows), tuple(outdated))
+    return Training(private.home / key, tuple(row[0] for row in rows), tuple(outdated))
 
 
 def _stands(root: Root, cohort: str, correction: Correction) -> bool:
@@ -223,7 +223,8 @@ def _read(source: str, looked_at: _LookedAt) -> Volume:
 
 def _own(root: Root, looked_at: _LookedAt, key: str) -> Volume:
     """The model's own mask, from the file that every result has."""
-    return _read(str(root.path(f"{key}/{mask_file('ome-zarr')}")), looked_at)
+    with root.at_hand(f"{key}/{mask_file('ome-zarr')}") as path:
+        return _read(str(path), looked_at)
 
 
 def _back(plan: Plan) -> tuple[dict[int, int], tuple[Label, ...]]:
@@ -253,7 +254,7 @@ def _keep(root: Root, cohort: str, looked_at: _LookedAt, decision: Decision, vol
         decision.at,
         {names[v]: c for v, c in zip(values.tolist(), counts.tolist(), strict=True) if v},
     )
-    with tempfile.TemporaryDirectory(dir=private.folder, prefix=".correction-") as temporary:
+    with tempfile.TemporaryDirectory(dir=private.home, prefix=".correction-") as temporary:
         path = Path(temporary, MASK)
         write_label(path, volume.labels, volume.geometry)
         content = path.read_bytes()
@@ -267,7 +268,7 @@ def _keep(root: Root, cohort: str, looked_at: _LookedAt, decision: Decision, vol
 
 def _put_private(private: Root, key: str, content: bytes) -> None:
     """Write a file for its owner alone, in folders that are for their owner alone."""
-    folder = private.folder
+    folder = private.home
     for part in key.split("/")[:-1]:
         folder /= part
         folder.mkdir(mode=0o700, exist_ok=True)

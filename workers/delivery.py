@@ -89,7 +89,7 @@ def _place(root: Root, folder: str, cohort: str) -> Path:
     wanted = Path(folder).expanduser()
     if not wanted.is_absolute():
         raise ConfigError("deliver.folder", f"the folder of delivery {folder!r} is not absolute; write its whole path")
-    if root.folder in (resolved := wanted.resolve(), *resolved.parents):
+    if root.home in (resolved := wanted.resolve(), *resolved.parents):
         raise ConfigError("deliver.folder", "the folder of delivery lies in the storage root; choose one outside of it")
     place = resolved / cohort
     try:
@@ -133,7 +133,7 @@ def _deliver(root: Root, night: Night, rows: Sequence[Row], place: Path) -> Deli
                 lists["left"].append(entry["case"])
             del index.files[name]
     names = {(entry["case"], entry["result"]): name for name, entry in index.files.items()}
-    todo: dict[str, tuple[Path, dict[str, Any]]] = {}
+    todo: dict[str, tuple[str, dict[str, Any]]] = {}
     unchanged = 0
     for case, found in cases.items():
         if not published(found[0]["review"]):
@@ -146,7 +146,7 @@ def _deliver(root: Root, night: Night, rows: Sequence[Row], place: Path) -> Deli
             unchanged += 1
             continue
         source, entry = _entry(root, night.id, found)
-        name = f"{case}{source.name.removeprefix('mask')}"
+        name = f"{case}{source.rpartition('/')[2].removeprefix('mask')}"
         there = digest(place / name)
         if there == entry["sha256"]:
             index.files[name] = entry | {"stamp": stamp(place / name)}
@@ -156,7 +156,7 @@ def _deliver(root: Root, night: Night, rows: Sequence[Row], place: Path) -> Deli
         else:
             lists["left"].append(case)
             index.files.pop(name, None)
-    _copy_all(place, index, todo, lists)
+    _copy_all(root, place, index, todo, lists)
     write_index(place, night.cohort, index)
     return Delivered(unchanged=unchanged, **{what: tuple(sorted(found)) for what, found in lists.items()})
 
@@ -187,8 +187,8 @@ def _withdrawn(root: Root, cohort: str, entry: Mapping[str, Any], rows: Sequence
     return decision is not None and not published(decision.review)
 
 
-def _entry(root: Root, night: str, rows: Sequence[Row]) -> tuple[Path, dict[str, Any]]:
-    """A case's mask in the root, and what the index says of it."""
+def _entry(root: Root, night: str, rows: Sequence[Row]) -> tuple[str, dict[str, Any]]:
+    """The key of a case's mask, and what the index says of it."""
     first = rows[0]
     key, receipt = first["result"], root.receipt(first["result"])
     if receipt is None:
@@ -199,7 +199,7 @@ def _entry(root: Root, night: str, rows: Sequence[Row]) -> tuple[Path, dict[str,
         for path, sha256 in receipt["files"].items()
         if path == mask or path.startswith(f"{mask}/")
     }
-    return root.path(f"{key}/{mask}"), {
+    return f"{key}/{mask}", {
         "case": first["case"],
         "model": first["model"],
         "result": key,
@@ -218,9 +218,10 @@ def _told(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _copy_all(
+    root: Root,
     place: Path,
     index: Index,
-    todo: Mapping[str, tuple[Path, dict[str, Any]]],
+    todo: Mapping[str, tuple[str, dict[str, Any]]],
     lists: Mapping[str, list[str]],
 ) -> None:
     if not todo:
@@ -228,11 +229,12 @@ def _copy_all(
     # a copy that ends with this process is known to the next one
     index.writing = {name: entry for name, (_, entry) in todo.items()}
     announce(place, index)
-    for name, (source, entry) in todo.items():
+    for name, (key, entry) in todo.items():
         temporary = place / _part(name)
         try:
             try:
-                (_copy_folder if source.is_dir() else _copy_file)(source, temporary)
+                with root.at_hand(key) as source:
+                    (_copy_folder if source.is_dir() else _copy_file)(source, temporary)
             except FileExistsError:
                 lists["left"].append(entry["case"])
                 continue

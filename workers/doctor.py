@@ -13,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,7 @@ from packaging.specifiers import SpecifierSet
 
 from vnet_core.errors import VnetError
 from workers.clusters import dask_executor, processors, ray_session
-from workers.identity import identity_of
+from workers.identity import identity_of, private_folder
 from workers.ledger import nameless
 from workers.site import Site
 from workers.store import Root
@@ -157,17 +157,11 @@ def storage(root: Root) -> list[Check]:
             return [Check("root", "bad", "an object that was replaced still has its old content", remedy)]
     root.delete(".doctor")
     durable = statistics.median(seconds)
-    free = shutil.disk_usage(root.folder).free
+    space = root.place.space()
     slow = durable > FSYNC_S
     return [
-        Check("root", "ok", f"{root.folder} can be written and replaces objects whole"),
-        graded(
-            "free space",
-            free / GIB,
-            FREE_GIB,
-            f"{free / GIB:.1f} GiB free",
-            "free some: vnet gc --dry-run, docs/care.md",
-        ),
+        Check("root", "ok", f"{root.shown} can be written and replaces objects whole"),
+        *([_free_space(space[0] / GIB)] if space else []),
         Check(
             "durable writes",
             "warning" if slow else "ok",
@@ -177,10 +171,15 @@ def storage(root: Root) -> list[Check]:
     ]
 
 
+def _free_space(free_gib: float) -> Check:
+    remedy = "free some: vnet gc --dry-run, docs/care.md"
+    return graded("free space", free_gib, FREE_GIB, f"{free_gib:.1f} GiB free", remedy)
+
+
 def private(root: Root) -> Check:
     """Whether others than its owner can look into the private folder."""
     name = "private folder"
-    folder = Path(identity_of(root).private or root.folder / "private")
+    folder = private_folder(root)
     if not folder.exists():
         made = not root.names("cohorts")
         remedy = "" if made else "mount it, or correct identity.private in the site file"
@@ -294,7 +293,8 @@ def _importable(name: str, module: str) -> Check:
 def clock(root: Root, site: Site, now: datetime) -> Check:
     """The storage's clock, as its files tell, against this machine's, and the time zone of schedules."""
     root.put(".doctor", b"")
-    written = datetime.fromtimestamp(root.path(".doctor").stat().st_mtime, UTC)
+    (stored,) = root.walk(".doctor")
+    written = stored.modified
     root.delete(".doctor")
     drift = abs((written - now).total_seconds())
     here = f"{now.astimezone(site.zone):%Y-%m-%d %H:%M} {site.timezone}"

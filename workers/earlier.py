@@ -70,4 +70,5 @@ def _sums(root: Root, cohort: str, night: str) -> Sums | None:
 
 
 def _columns(root: Root, cohort: str, night: str, names: tuple[str, ...]) -> Any:
-    return pq.read_table(root.path(f"reports/{cohort}/{night}.parquet"), columns=list(names))
+    with root.open(f"reports/{cohort}/{night}.parquet") as file:
+        return pq.read_table(file, columns=list(names))

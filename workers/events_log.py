@@ -1,5 +1,7 @@
 """The log of a night for programs: one JSON line per case and stage, in ``logs/<cohort>/<night>.jsonl``.
 
+Objects of a bucket cannot grow: there the lines are written on this machine, and put into the root at the end.
+
 A line holds ids, states, codes and numbers. Messages are left out, because a message may quote a header; a case's
 message stands in the rows of its night.
 """
@@ -22,7 +24,7 @@ class EventLog:
 
     def __init__(self, root: Root, cohort: str, night: str) -> None:
         self._root, self._cohort, self._night = root, cohort, night
-        self._path = root.path(_key(cohort, night))
+        self._path = root.home / _key(cohort, night)
         self._lock = threading.Lock()
         self._begun = False
 
@@ -48,7 +50,7 @@ class EventLog:
         try:
             self._append(json.dumps(event, allow_nan=False).encode() + b"\n")
         except OSError as error:
-            raise_if_full(error, self._root.folder)
+            raise_if_full(error, self._root.home)
             raise
 
     def _append(self, line: bytes) -> None:
@@ -70,13 +72,24 @@ class EventLog:
             self._begun = True
 
 
+def keep_events(root: Root, cohort: str, night: str) -> None:
+    """Put the log of a night that is over into the root; in a folder it lies there already."""
+    path = root.home / _key(cohort, night)
+    if not root.is_here and path.exists():
+        root.put(_key(cohort, night), path.read_bytes())
+
+
 def read_events(root: Root, cohort: str, night: str) -> list[dict[str, Any]]:
     """The events of a night in the order in which they were written; lines that a kill cut are left out."""
-    path = root.path(_key(cohort, night))
-    if not path.exists():
+    path = root.home / _key(cohort, night)
+    if path.exists():
+        content = path.read_bytes()
+    elif root.is_object(_key(cohort, night)):
+        content = root.get(_key(cohort, night))
+    else:
         return []
     events = []
-    for line in path.read_bytes().splitlines():
+    for line in content.splitlines():
         try:
             event = json.loads(line)
         except ValueError:

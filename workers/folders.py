@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -46,7 +46,7 @@ class Folder:
     @contextmanager
     def _written_beside(self, path: Path, content: bytes) -> Iterator[Path]:
         """A durable file with the content beside ``path``, for the block to give it its name; the folder is synced."""
-        with self._room():
+        with self.room():
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED)
             temporary = Path(name)
@@ -112,6 +112,10 @@ class Folder:
         else:
             path.unlink(missing_ok=True)
 
+    def tidy(self, prefix: str) -> None:
+        with suppress(OSError):
+            (self.folder / prefix).rmdir()
+
     def sync(self, prefix: str) -> None:
         places = set()
         for path in _files(self.folder / prefix):
@@ -131,15 +135,16 @@ class Folder:
     @contextmanager
     def written(self, key: str) -> Iterator[Path]:
         path = self.folder / key
-        with self._room():
+        with self.room():
             path.parent.mkdir(parents=True, exist_ok=True)
             yield path
 
-    def free_bytes(self) -> int | None:
-        return shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
+    def space(self) -> tuple[int, int] | None:
+        usage = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists()))
+        return usage.free, usage.total
 
     @contextmanager
-    def _room(self) -> Iterator[None]:
+    def room(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -158,7 +163,7 @@ def raise_if_full(error: OSError, folder: Path) -> None:
         free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free >> 20
         raise StorageError(
             "store.full", f"no space is left in {folder} ({free} MiB free); free some and run again"
-        ) from (error)
+        ) from error
 
 
 def _files(start: Path) -> Iterator[Path]:

@@ -7,24 +7,24 @@ A finding names an object by its key, what is wrong with it as a code, and the r
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vnet_core.errors import StorageError
+from workers.archives import PREFIX as ARCHIVES
 from workers.cohort import known_entry, load_cohort, load_entry
 from workers.harmless import one_line
 from workers.identity import KEY as IDENTITY
-from workers.identity import identity_of
+from workers.identity import private_folder
+from workers.objects import Stored
 from workers.registry import aliases, history
-from workers.sealed import LEFTOVER, RESTORED, UNFINISHED, Checkup, Finding, check_objects, is_old, look, read_receipt
+from workers.sealed import RESTORED, UNFINISHED, Checkup, Finding, check_objects, is_old, look, read_receipt
 from workers.store import RECEIPT, Root
 
 DOCUMENTS = ("attempts", "decisions", "questions", "shadows")
@@ -74,16 +74,11 @@ def _no_private(root: Root) -> list[Finding]:
     return [Finding("cohorts", "fsck.no-private", found, remedy)]
 
 
-def private_folder(root: Root) -> Path:
-    """Where the private parts lie, whether it is there or not. StorageError ``store.corrupt``."""
-    return Path(identity_of(root).private or root.folder / "private")
-
-
 def _entries(root: Root, cohort: str) -> Iterator[Finding]:
     """Cases that cannot be read, and those whose private part is missing."""
     ingest = "run vnet ingest SOURCE --cohort again"
     key = f"cohorts/{cohort}/cohort.json"
-    if (root.folder / key).exists():
+    if root.exists(key):
         yield from _readable(key, partial(load_cohort, root, cohort), ingest)
     for name in root.names(f"cohorts/{cohort}/cases"):
         case = name.removesuffix(".json")
@@ -130,7 +125,7 @@ def _nights(root: Root, cohort: str) -> Iterator[Finding]:
         except StorageError as error:
             yield Finding(rows, "fsck.rows", error.message, RESTORED)
             continue
-        missing = [key for key in results if not (root.folder / key / RECEIPT).is_file()]
+        missing = [key for key in results if not root.place.is_object(f"{key}/{RECEIPT}")]
         if missing:
             found = f"{len(missing)} of {len(results)} results that its rows name are missing, first {missing[0]}"
             remedy = f"the next night makes those again that are still wanted; else {RESTORED}"
@@ -148,8 +143,9 @@ def results_of(root: Root, cohort: str, night: str) -> list[str]:
 def keys_in(root: Root, key: str, columns: Sequence[str]) -> list[str]:
     """Keys of results in columns of a Parquet table, sorted. StorageError ``fsck.rows`` as for :func:`results_of`."""
     try:
-        table = pq.read_table(root.path(key), columns=list(columns))
-    except (OSError, pa.ArrowException) as error:
+        with root.open(key) as file:
+            table = pq.read_table(file, columns=list(columns))
+    except (OSError, StorageError, pa.ArrowException) as error:
         raise StorageError("fsck.rows", f"the table cannot be read ({type(error).__name__})") from None
     if table.column_names != list(columns):
         raise StorageError("fsck.rows", f"the table has not the columns {', '.join(columns)}")
@@ -180,7 +176,7 @@ def _aliases(root: Root) -> Iterator[Finding]:
             yield Finding(key, "fsck.alias", "a change of the aliases cannot be read", RESTORED)
             continue
         for alias, version in sorted(named.items()):
-            if read_receipt(root.folder / "models" / name / version)[0] is None:
+            if read_receipt(root, f"models/{name}/{version}")[0] is None:
                 found = f"{one_line(alias)} is {one_line(version)}, which is no finished version"
                 yield Finding(key, "fsck.alias", found, f"{RESTORED}, or vnet models promote another version")
 
@@ -188,35 +184,32 @@ def _aliases(root: Root) -> Iterator[Finding]:
 def _documents(root: Root, cohort: str) -> Iterator[Finding]:
     """JSON that is no JSON, of everything that has no receipt."""
     for top in DOCUMENTS:
-        for path in sorted((root.folder / top / cohort).rglob("*.json")):
-            key = path.relative_to(root.folder).as_posix()
-            if not path.name.startswith(".") and _json(root, key) is None:
-                yield Finding(key, "fsck.json", "it is no JSON", RESTORED)
+        for stored in root.walk(f"{top}/{cohort}" if cohort else top):
+            if stored.key.endswith(".json") and _json(root, stored.key) is None:
+                yield Finding(stored.key, "fsck.json", "it is no JSON", RESTORED)
 
 
 def _json(root: Root, key: str) -> object:
     """What a JSON object holds, or None when it is none."""
     try:
-        found: object = json.loads((root.folder / key).read_bytes())
+        found: object = json.loads(root.place.get(key))
     except (OSError, ValueError, RecursionError):
         return None
     return found
 
 
 def _leftovers(root: Root, now: datetime) -> Iterator[Finding]:
-    """Half-written files, wherever they lie."""
-    for path in leftovers(root.folder):
-        key = path.relative_to(root.folder).as_posix()
-        if is_old(path, now, UNFINISHED):
-            yield Finding(key, "fsck.leftover", "a file that was half written when its run died", "vnet gc")
+    """Half-written objects, wherever they lie."""
+    for leftover in leftovers(root):
+        if is_old([leftover], now, UNFINISHED):
+            yield Finding(leftover.key, "fsck.leftover", "it was half written when its run died", "vnet gc")
 
 
-def leftovers(folder: Path) -> Iterator[Path]:
-    """Half-written files below a storage root; Prefect's own files and unpacked archives are left alone."""
-    others = {folder / "prefect", folder / "private" / "archives"}
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if Path(place, name) not in others]
-        yield from (Path(place, name) for name in sorted(names) if name.startswith(LEFTOVER))
+def leftovers(root: Root) -> Iterator[Stored]:
+    """Half-written objects of a root; Prefect's own files and unpacked archives are left alone."""
+    for leftover in root.place.leftovers():
+        if not leftover.key.startswith(("prefect/", f"private/{ARCHIVES}/")):
+            yield leftover
 
 
 # --- repair
@@ -258,12 +251,12 @@ def _can_be_made_again(root: Root, key: str) -> bool:
         return False
     if entry is None or not entry.verdict.usable:
         return False
-    facts, _ = read_receipt(root.folder / key)
+    facts, _ = read_receipt(root, key)
     if facts is None:
         facts = _report_of(root, key)
     name, _, version = str(facts.get("model", "")).partition("@")
     return facts.get("case_digest", entry.case.digest) == entry.case.digest and (
-        not name or (root.folder / "models" / name / version / RECEIPT).is_file()
+        not name or root.place.is_object(f"models/{name}/{version}/{RECEIPT}")
     )
 
 

@@ -43,7 +43,8 @@ class Identity(BaseModel):
     ids: Literal["names", "pseudonyms"] = "names"
     """Ids of plain files and of rows of a manifest: their names, or pseudonyms; DICOM always gets pseudonyms."""
     private: str | None = None
-    """Folder that alone tells where the scans of a case lie; left out, `private` in the storage root."""
+    """Folder that alone tells where the scans of a case lie; left out, `private` in the storage root, or of a root in
+    a bucket in this machine's own folder."""
     secret_file: str | None = None
     """Secret of the pseudonyms, 16 bytes or more; left out, `secret` in the private folder, made at first use."""
 
@@ -70,12 +71,17 @@ def identity_of(root: Root) -> Identity:
         raise StorageError("store.corrupt", f"{KEY} is not as it was written; run again with the site file") from None
 
 
+def private_folder(root: Root) -> Path:
+    """Where the private parts lie, whether it is there or not. StorageError ``store.corrupt``."""
+    return Path(identity_of(root).private or root.home / "private")
+
+
 def private_root(root: Root) -> Root:
     """The private folder; it is made, for its owner alone, when it is not there.
 
     StorageError ``identity.unwritable`` when it cannot be made.
     """
-    folder = Path(identity_of(root).private or root.folder / "private")
+    folder = private_folder(root)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -89,7 +95,7 @@ def private_root(root: Root) -> Root:
 
 def put_private(private: Root, key: str, facts: dict[str, Any]) -> None:
     """Write what may name a patient; files are for their owner alone, and so are the folders made for them."""
-    folder = private.folder
+    folder = private.home
     for part in key.split("/")[:-1]:
         folder /= part
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -105,7 +111,7 @@ def get_private(private: Root, key: str) -> dict[str, Any]:
             raise
         raise StorageError(
             "identity.no-private",
-            f"the private folder {private.folder} has no {key}, which tells where scans lie; mount the folder, correct"
+            f"the private folder {private.shown} has no {key}, which tells where scans lie; mount the folder, correct"
             " identity.private in the site file, or run vnet ingest SOURCE --cohort again",
         ) from None
     return facts
@@ -143,7 +149,7 @@ class Pseudonyms:
     def of(cls, root: Root) -> Pseudonyms:
         """Those of a storage root; its secret is read, or made, when the first pseudonym is."""
         identity = identity_of(root)
-        return cls(identity.ids, Path(identity.secret_file or private_root(root).folder / "secret"))
+        return cls(identity.ids, Path(identity.secret_file or private_root(root).home / "secret"))
 
     def case(self, name: str) -> str:
         """Id of a plain file or of a row of a manifest."""

@@ -194,7 +194,7 @@ def _look_through(
         else:
             places.append(str(folder))
             keys.append(f"{PREFIX}/{folder.parent.name}")
-    found = discover(places, channels, reading, ids, root.folder)
+    found = discover(places, channels, reading, ids, root.home)
     found.cases = checked([*found.cases, *refused]) if refused else found.cases
     return found, tuple(sorted(set(keys)))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -28,7 +29,6 @@ from vnet_core.volume import Volume
 from workers.arrays import write_ome_labels
 from workers.cohort import Case
 from workers.failpoints import fail_point
-from workers.folders import raise_if_full
 from workers.reading import read_scan_apart
 from workers.scans import read_label, source_files, write_label
 from workers.store import Root
@@ -123,13 +123,10 @@ def publish_mask(
     """
     geometry = mask.case.geometry
     assert geometry is not None, "a case without geometry was refused at ingest"
-    try:
-        last_words()
-        if root.receipt(key) is None:
+    last_words()
+    if root.receipt(key) is None:
+        with root.room():
             _publish(root, key, mask, geometry, last_words)
-    except OSError as error:
-        raise_if_full(error, root.folder)
-        raise
 
 
 def _publish(root: Root, key: str, mask: Mask, geometry: Geometry, last_words: Callable[[], Mapping[str, Any]]) -> None:
@@ -138,18 +135,11 @@ def _publish(root: Root, key: str, mask: Mask, geometry: Geometry, last_words: C
     values, labels = written(mask.values, plan.labels, plan.output)
     name = mask_file(mask.mask_format)
     for file in sorted({name, _OME}):
-        path = root.path(f"{key}/{file}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         if file == _OME:
             write_ome_labels(root, f"{key}/{file}", values, geometry, labels)
-        elif file.endswith(".dcm"):
-            from workers.dicom.segmentation import write_segmentation
-            from workers.dicom.structures import write_structures
-
-            write = write_segmentation if mask.mask_format == "dicom-seg" else write_structures
-            write(path, values, geometry, labels, source_files(mask.case.channels[0]), mask.algorithm)
         else:
-            write_label(path, values, geometry)
+            with root.written(f"{key}/{file}") as path:
+                _write(path, mask, values, labels)
         _prove(root, f"{key}/{file}", values, labels, geometry)
     report: dict[str, Any] = {"labels": _rows(measure(mask.values, geometry, plan.labels), mask)}
     if plan.regions:
@@ -163,6 +153,20 @@ def _publish(root: Root, key: str, mask: Mask, geometry: Geometry, last_words: C
     fail_point("segment:written")
     facts = {"stage": "segment", "case_digest": mask.case.digest, **mask.provenance}
     root.seal(key, {**facts, **last_words()})
+
+
+def _write(path: Path, mask: Mask, values: np.ndarray, labels: Sequence[Label]) -> None:
+    """One file in the mask's own format."""
+    geometry = mask.case.geometry
+    assert geometry is not None, "a case without geometry was refused at ingest"
+    if not path.name.endswith(".dcm"):
+        write_label(path, values, geometry)
+        return
+    from workers.dicom.segmentation import write_segmentation
+    from workers.dicom.structures import write_structures
+
+    write = write_segmentation if mask.mask_format == "dicom-seg" else write_structures
+    write(path, values, geometry, labels, source_files(mask.case.channels[0]), mask.algorithm)
 
 
 def _rows(reports: Sequence[LabelReport], mask: Mask) -> list[dict[str, Any]]:
@@ -180,7 +184,8 @@ def _spread(report: LabelReport, mask: Mask) -> dict[str, float]:
 
 def _prove(root: Root, key: str, values: np.ndarray, labels: Sequence[Label], geometry: Geometry) -> None:
     """Read the mask back and compare voxels, grid and, on two ways, the centroid in world millimetres."""
-    found = _read_back(root, key, labels, geometry)
+    with root.at_hand(key) as path:
+        found = _read_back(path, labels, geometry)
     if not np.array_equal(found.labels, values) or not same_grid(found.geometry, geometry):
         raise StorageError("mask.unproven", f"{key} does not read back as it was written; check the disk, run again")
     reorientation, canonical = to_canonical(geometry)
@@ -197,15 +202,14 @@ def _prove(root: Root, key: str, values: np.ndarray, labels: Sequence[Label], ge
             )
 
 
-def _read_back(root: Root, key: str, labels: Sequence[Label], geometry: Geometry) -> Volume:
-    path = root.path(key)
-    if not key.endswith(".dcm"):
+def _read_back(path: Path, labels: Sequence[Label], geometry: Geometry) -> Volume:
+    if not path.name.endswith(".dcm"):
         return read_label(path)
     from workers.dicom.segmentation import read_segmentation
     from workers.dicom.structures import read_structures
 
     # by their order, not by their names: two labels may have one name
-    read = read_segmentation if key.endswith(_FILES["dicom-seg"]) else read_structures
+    read = read_segmentation if path.name == _FILES["dicom-seg"] else read_structures
     numbered = read(path, geometry).volume
     table = np.array([0, *(label.value for label in labels)])
     return Volume(table[numbered.voxels], numbered.geometry)

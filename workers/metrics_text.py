@@ -5,7 +5,6 @@ Everything is read from the storage root when it is asked for, so one process an
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
@@ -56,10 +55,10 @@ class _Nights:
                 metrics.unreadable.add_metric([cohort], 0)
             except (StorageError, pa.ArrowException, OSError, KeyError, TypeError, ValueError):
                 metrics.unreadable.add_metric([cohort], 1)
-        if self._root.folder.is_dir():
-            usage = shutil.disk_usage(self._root.folder)
-            metrics.free.add_metric([], usage.free)
-            metrics.size.add_metric([], usage.total)
+        if self._root.home.is_dir() and (space := self._root.place.space()):
+            free, size = space
+            metrics.free.add_metric([], free)
+            metrics.size.add_metric([], size)
         return metrics.all()
 
     def _newest(self, cohort: str) -> tuple[Night | None, float | None, Sequence[dict[str, Any]]]:
@@ -74,9 +73,10 @@ class _Nights:
                 break
         if newest is None:
             return None, succeeded, []
-        table = self._root.path(f"reports/{cohort}/{newest.id}.parquet")
-        columns = [name for name in _COLUMNS if name in pq.read_schema(table).names]
-        return newest, succeeded, pq.read_table(table, columns=columns).to_pylist()
+        with self._root.open(f"reports/{cohort}/{newest.id}.parquet") as file:
+            table = pq.ParquetFile(file)
+            columns = [name for name in _COLUMNS if name in table.schema_arrow.names]
+            return newest, succeeded, table.read(columns=columns).to_pylist()
 
 
 class _Metrics:

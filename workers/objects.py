@@ -65,6 +65,9 @@ class Place(Protocol):
     def delete(self, key: str) -> None:
         """Remove an object or everything below a prefix; nothing happens when nothing is there."""
 
+    def tidy(self, prefix: str) -> None:
+        """Remove a prefix that holds nothing any more, where such a thing can be."""
+
     def sync(self, prefix: str) -> None:
         """Make everything below a prefix survive a power cut."""
 
@@ -74,5 +77,8 @@ class Place(Protocol):
     def written(self, key: str) -> AbstractContextManager[Path]:
         """A path of this machine for the block to write a file or folder at, which is then stored under the key."""
 
-    def free_bytes(self) -> int | None:
-        """Bytes that can still be written, where that is known."""
+    def room(self) -> AbstractContextManager[None]:
+        """Turns what goes wrong while the block writes into StorageErrors."""
+
+    def space(self) -> tuple[int, int] | None:
+        """Free and all bytes of the disk, where that is known."""

@@ -38,7 +38,9 @@ def volumes_of(root: Root, cohort: str, case: str, key: str) -> Volumes | None:
     try:
         if load_report(root, key).get("picture") != "qc.png":
             return None
-        mask, labels = read_label(root.path(f"{key}/mask.ome.zarr")), _labels(root, key)
+        labels = _labels(root, key)
+        with root.at_hand(f"{key}/mask.ome.zarr") as path:
+            mask = read_label(path)
     except (ScanError, StorageError):
         return None
     scan, burnt_in = _scan(root, cohort, case, key, mask)

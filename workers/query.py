@@ -115,9 +115,8 @@ def query(root: Root, wanted: Query, columns: Sequence[str] = ()) -> Answer:
     ``query.damaged``.
     """
     _check_cohorts(root, wanted)
-    connection = open_tables(root, _keys(root, wanted, "reports", ".parquet"))
     limit = wanted.limit + 1 if wanted.limit else 0
-    with connection:
+    with open_tables(root, _keys(root, wanted, "reports", ".parquet")) as connection:
         if wanted.sql:
             if _mentions(wanted.sql, "nights"):
                 records = [root.get_json(key) for key in _keys(root, wanted, "nights", ".json")]

@@ -260,7 +260,8 @@ def _of_case(root: Root, wanted: Wanted, model: Model, common: Mapping[str, Any]
         channel = wanted.channel or plan.channels[0]
         number = plan.channels.index(channel)
         labels = [label for label in _labels(model) if wanted.label in (None, label.name)]
-        mask = read_label(root.path(f"{key}/{load_report(root, key)['mask']}"), image.geometry, _labels(model))
+        with root.at_hand(f"{key}/{load_report(root, key)['mask']}") as path:
+            mask = read_label(path, image.geometry, _labels(model))
         chosen = Volume(image.voxels[number : number + 1], image.geometry)
         described = f"{levels.bins} bins" if levels.bins is not None else f"width {levels.width:g}"
         told = {"model": model.reference, "result": key, "channel": channel, "grey_levels": described}

@@ -95,7 +95,7 @@ def resolve(root: Root, reference: str) -> tuple[str, str]:
     if not finished:
         known = ", ".join(n for n in root.names("models") if versions(root, n)) or "none"
         raise ConfigError(
-            "model.unknown", f"there is no model {name!r} in {root.folder} (known: {known}); train it with vnet train"
+            "model.unknown", f"there is no model {name!r} in {root.shown} (known: {known}); train it with vnet train"
         )
     if wanted == "latest":
         return name, finished[-1]

@@ -165,7 +165,8 @@ def measuring(root: Root, night: Night) -> ReportOf:
         labels, told = plan().labels, plan().output.values
         written = {label.value: told.get(label.name, label.value) for label in labels}
         alone = {v: w for v, w in written.items() if w and list(written.values()).count(w) == 1}
-        mask = read_label(root.path(f"{result}/mask.ome.zarr"))
+        with root.at_hand(f"{result}/mask.ome.zarr") as path:
+            mask = read_label(path)
         values = np.zeros_like(mask.labels, np.uint16)
         for value, target in alone.items():
             values[mask.labels == target] = value
@@ -219,7 +220,8 @@ def reported_night(root: Root, cohort: str, night: str | None) -> Night:
 
 def settings_of(root: Root, cohort: str, night: str) -> Reporting:
     """The settings that the rows of a night were made with."""
-    return settings_of_table(pq.read_schema(root.path(table_key(cohort, night))))
+    with root.open(table_key(cohort, night)) as file:
+        return settings_of_table(pq.read_schema(file))
 
 
 def read_rows(root: Root, cohort: str, night: str) -> list[Row]:

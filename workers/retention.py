@@ -20,10 +20,12 @@ from vnet_core.errors import ConfigError, StorageError
 from vnet_core.plan import Plan
 from workers.cohort import load_cohort, load_entries, result_key, volume_key
 from workers.decisions import all_decisions
-from workers.fsck import cohorts_of, keys_in, leftovers, private_folder, results_of
+from workers.fsck import cohorts_of, keys_in, leftovers, results_of
+from workers.identity import private_folder
 from workers.leases import is_alive
 from workers.models import Model, load_model
 from workers.nights import load_night, records
+from workers.objects import Stored
 from workers.registry import ALIASES, aliases, versions
 from workers.retention_rules import Retention
 from workers.sealed import is_old, objects
@@ -74,6 +76,7 @@ def collect(
     StorageError ``gc.running`` when a run is at work: it may be about to use what goes. What went until then is gone.
     """
     private = private_folder(root)
+    left = {leftover.key: leftover for leftover in leftovers(root)}
     removed: list[Spare] = []
     for spare in found:
         busy = live_runs(root)
@@ -85,16 +88,21 @@ def collect(
             )
         if spare.kind == "night":
             _, cohort, night = spare.key.split("/")
-            for part in _NIGHT_PARTS:
-                for path in _files_of(root, part, cohort, night):
-                    path.unlink(missing_ok=True)
+            for stored in _files_of_night(root, cohort, night):
+                root.place.delete(stored.key)
         elif spare.kind == "archive":
             Root(private).delete(spare.key)
+        elif spare.key in left:
+            root.place.discard(left[spare.key])
+        elif spare.kind == "unfinished" and spare.key.startswith("archives/"):
+            shutil.rmtree(private / spare.key, ignore_errors=True)
         elif spare.kind == "unfinished":
-            _remove(Root(private) if spare.key.startswith("archives/") else root, spare.key)
+            # what is half done may have a name that no key has
+            root.place.delete(spare.key)
+            root.place.tidy(spare.key.rpartition("/")[0])
         else:
             root.delete(spare.key)
-            _remove_if_empty((root.folder / spare.key).parent)
+            root.place.tidy(spare.key.rpartition("/")[0])
         removed.append(spare)
         on_removed(spare)
     return removed
@@ -120,8 +128,7 @@ def _nights(root: Root, rules: Retention, now: datetime) -> dict[tuple[str, str]
         for night in sorted(names - kept):
             started = _started(night)
             if started is not None and _is_past(now - started, rules.nights_days, rules):
-                files = [path for part in _NIGHT_PARTS for path in _files_of(root, part, cohort, night)]
-                size = sum(path.stat().st_size for path in files)
+                size = sum(stored.size for stored in _files_of_night(root, cohort, night))
                 why = f"{(now - started).days} days old, nights stay {rules.nights_days}"
                 gone[cohort, night] = Spare(f"nights/{cohort}/{night}", "night", size, why)
     return gone
@@ -134,9 +141,12 @@ def _started(night: str) -> datetime | None:
         return None
 
 
-def _files_of(root: Root, part: str, cohort: str, night: str) -> list[Path]:
-    """The files of a night in one place: those named after it."""
-    return sorted((root.folder / part / cohort).glob(f"{night}.*"))
+def _files_of_night(root: Root, cohort: str, night: str) -> Iterator[Stored]:
+    """What is named after a night, its record last."""
+    for part in _NIGHT_PARTS:
+        for name in root.names(f"{part}/{cohort}"):
+            if name.startswith(f"{night}."):
+                yield from root.place.walk(f"{part}/{cohort}/{name}")
 
 
 def _is_past(age: timedelta, days: int, rules: Retention) -> bool:
@@ -150,7 +160,7 @@ def _results(root: Root, rules: Retention, now: datetime, needed: _Needed) -> It
         # masks of another format than NIfTI are results of their own beside it
         current = key.rpartition("/")[0] + "/" + key.rpartition("/")[2].partition("-")[0] in needed.current
         if not current and key not in needed.named and _sealed_before(root, key, rules.results_days, rules, now):
-            yield Spare(key, "result", _size(root.folder / key), "no kept night names it, and no night would use it")
+            yield Spare(key, "result", _size(root, key), "no kept night names it, and no night would use it")
 
 
 def _volumes(root: Root, rules: Retention, now: datetime, needed: _Needed) -> Iterator[Spare]:
@@ -158,7 +168,7 @@ def _volumes(root: Root, rules: Retention, now: datetime, needed: _Needed) -> It
         return
     for key in _finished(root, "volumes/"):
         if key not in needed.volumes and _sealed_before(root, key, rules.spares_days, rules, now):
-            yield Spare(key, "volume", _size(root.folder / key), "no case and model of today need it")
+            yield Spare(key, "volume", _size(root, key), "no case and model of today need it")
 
 
 def _checkpoints(root: Root, rules: Retention, now: datetime) -> Iterator[Spare]:
@@ -166,12 +176,18 @@ def _checkpoints(root: Root, rules: Retention, now: datetime) -> Iterator[Spare]
     if rules.spares_days is None:
         return
     for key in _trainings(root):
-        if not (root.folder / key.replace("training/", "models/", 1) / RECEIPT).is_file():
+        if not _is_published(root, key):
             continue
-        for folder in sorted((root.folder / key).rglob("checkpoints")):
-            size = _size(folder)
-            if size and _is_past(now - _modified(folder), rules.spares_days, rules):
-                yield Spare(_key(root, folder), "checkpoints", size, "its training is finished")
+        folders: dict[str, list[Stored]] = {}
+        for stored in root.walk(key):
+            before, found, _ = stored.key.partition("/checkpoints/")
+            if found:
+                folders.setdefault(f"{before}/checkpoints", []).append(stored)
+        for folder, inside in sorted(folders.items()):
+            size = sum(stored.size for stored in inside)
+            newest = max(stored.modified for stored in inside)
+            if size and _is_past(now - newest, rules.spares_days, rules):
+                yield Spare(folder, "checkpoints", size, "its training is finished")
 
 
 def _archives(root: Root, rules: Retention, now: datetime) -> Iterator[Spare]:
@@ -183,35 +199,35 @@ def _archives(root: Root, rules: Retention, now: datetime) -> Iterator[Spare]:
     age = max(timedelta(days=rules.spares_days), timedelta(hours=rules.grace_hours))
     for name in Root(private).names("archives"):
         key = f"archives/{name}"
-        if key not in used and is_old(private / key, now, age):
-            yield Spare(key, "archive", _size(private / key), "no cohort was read from it")
+        if key not in used and _is_old_folder(private / key, now, age):
+            yield Spare(key, "archive", _size_of_folder(private / key), "no cohort was read from it")
 
 
 def _unfinished(root: Root, rules: Retention, now: datetime) -> Iterator[Spare]:
     """What runs that died left half done: files without a receipt, half-written files, and their signs of life."""
     age = timedelta(hours=rules.grace_hours)
     for key in objects(root):
-        folder = root.folder / key
-        if key.startswith("models/") or folder.is_symlink() or (folder / RECEIPT).exists():
+        if key.startswith("models/") or key in root.place.links(key) or root.place.exists(f"{key}/{RECEIPT}"):
             continue
-        if is_old(folder, now, age):
-            yield Spare(key, "unfinished", _size(folder), "it has no receipt")
-    for path in leftovers(root.folder):
-        if is_old(path, now, age):
-            yield Spare(_key(root, path), "unfinished", path.lstat().st_size, "half written")
+        inside = list(root.place.walk(key))
+        if is_old(inside, now, age):
+            yield Spare(key, "unfinished", sum(stored.size for stored in inside), "it has no receipt")
+    for leftover in leftovers(root):
+        if is_old([leftover], now, age):
+            yield Spare(leftover.key, "unfinished", leftover.size, "half written")
     private = private_folder(root)
     for path in sorted(private.glob(f"archives/*/{_STAGING}*")):
-        if is_old(path, now, age):
+        if _is_old_folder(path, now, age):
             key = path.relative_to(private).as_posix()
-            yield Spare(key, "unfinished", _size(path), "half unpacked")
-    for name in root.names("runs"):
-        if is_old(root.folder / "runs" / name, now, age) and not is_alive(root, name.removesuffix(".json")):
-            yield Spare(f"runs/{name}", "unfinished", _size(root.folder / "runs" / name), "its process is gone")
-    for name in root.names("leases"):
-        path = root.folder / "leases" / name
+            yield Spare(key, "unfinished", _size_of_folder(path), "half unpacked")
+    for stored in root.walk("runs"):
+        run = stored.key.removeprefix("runs/").removesuffix(".json")
+        if is_old([stored], now, age) and not is_alive(root, run):
+            yield Spare(stored.key, "unfinished", stored.size, "its process is gone")
+    for stored in root.walk("leases"):
         with suppress(FileNotFoundError):  # given back meanwhile
-            if is_old(path, now, age) and not is_alive(root, json.loads(path.read_bytes())["run"]):
-                yield Spare(f"leases/{name}", "unfinished", _size(path), "the run that held it is gone")
+            if is_old([stored], now, age) and not is_alive(root, json.loads(root.place.get(stored.key))["run"]):
+                yield Spare(stored.key, "unfinished", stored.size, "the run that held it is gone")
 
 
 # --- what stays
@@ -277,11 +293,17 @@ def _of_open_trainings(root: Root) -> set[str]:
     """Volumes that trainings without a finished model go on with."""
     volumes: set[str] = set()
     for key in _trainings(root):
-        if not (root.folder / key.replace("training/", "models/", 1) / RECEIPT).is_file():
-            for path in (root.folder / key).rglob("run.json"):
-                run = root.get_json(_key(root, path))
-                volumes |= {*run["training"].values(), *run["validation"].values()}
+        if not _is_published(root, key):
+            for stored in root.walk(key):
+                if stored.key.endswith("/run.json"):
+                    run = root.get_json(stored.key)
+                    volumes |= {*run["training"].values(), *run["validation"].values()}
     return volumes
+
+
+def _is_published(root: Root, training: str) -> bool:
+    """Whether the model of a training is finished."""
+    return root.place.is_object(f"{training.replace('training/', 'models/', 1)}/{RECEIPT}")
 
 
 @contextmanager
@@ -301,40 +323,29 @@ def _readable() -> Iterator[None]:
 
 def _finished(root: Root, prefix: str) -> Iterator[str]:
     for key in objects(root):
-        folder = root.folder / key
-        if key.startswith(prefix) and not folder.is_symlink() and (folder / RECEIPT).is_file():
+        if key.startswith(prefix) and key not in root.place.links(key) and root.place.is_object(f"{key}/{RECEIPT}"):
             yield key
 
 
 def _sealed_before(root: Root, key: str, days: int, rules: Retention, now: datetime) -> bool:
-    return _is_past(now - _modified(root.folder / key / RECEIPT), days, rules)
+    return all(_is_past(now - stored.modified, days, rules) for stored in root.place.walk(f"{key}/{RECEIPT}"))
 
 
-def _modified(path: Path) -> datetime:
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+def _size(root: Root, key: str) -> int:
+    """Bytes of everything below a key."""
+    return sum(stored.size for stored in root.place.walk(key))
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
-    if not path.is_dir():
-        return path.lstat().st_size
-    return sum(Path(place, name).lstat().st_size for place, _, names in os.walk(path) for name in names)
+def _size_of_folder(folder: Path) -> int:
+    return sum(Path(place, name).lstat().st_size for place, _, names in os.walk(folder) for name in names)
 
 
-def _key(root: Root, path: Path) -> str:
-    return path.relative_to(root.folder).as_posix()
-
-
-def _remove(root: Root, key: str) -> None:
-    """By its path: what is half done may have a name that no key has."""
-    path = root.folder / key
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-        _remove_if_empty(path.parent)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
+def _is_old_folder(folder: Path, now: datetime, age: timedelta) -> bool:
+    """Whether a folder of the private part, and everything in it, was last written longer ago than ``age``."""
+    try:
+        newest = folder.lstat().st_mtime
+        for place, folders, names in os.walk(folder):
+            newest = max([newest, *(Path(place, name).lstat().st_mtime for name in (*folders, *names))])
+    except FileNotFoundError:
+        return False  # somebody works on it
+    return now.timestamp() - newest > age.total_seconds()

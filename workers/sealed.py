@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 from workers.clusters import processors
 from workers.harmless import one_line
-from workers.store import RECEIPT, Root, file_digest
+from workers.objects import Stored
+from workers.store import RECEIPT, Root
 
 UNFINISHED = timedelta(days=1)
 """Files without a receipt that are younger may belong to a run that is still at work."""
-LEFTOVER = ".put-"
-"""How the names of half-written objects begin, see :meth:`workers.store.Root.put`."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"v\d+")
 _RECORDED = {"volumes": 1, "results": 3, "models": 2}
@@ -97,32 +94,30 @@ def objects(root: Root) -> list[str]:
     found = [key for top, depth in _RECORDED.items() for key in _folders(root, top, depth)]
     # beside its versions a model has the history of its aliases
     found = [key for key in found if not key.startswith("models/") or _VERSION.fullmatch(key.rpartition("/")[2])]
-    for folder, _, names in os.walk(root.folder / "training"):
-        path = Path(folder)
-        if RECEIPT in names or path.name == "fitted" or path.parent.name == "checkpoints":
-            found.append(path.relative_to(root.folder).as_posix())
-    return sorted(found)
+    return sorted({*found, *_in_training(root)})
 
 
-def _folders(root: Root, prefix: str, depth: int) -> Iterator[str]:
+def _in_training(root: Root) -> Iterator[str]:
+    for stored in root.walk("training"):
+        folder, _, name = stored.key.rpartition("/")
+        parts = folder.split("/")
+        if name == RECEIPT or parts[-1] == "fitted" or parts[-2:-1] == ["checkpoints"]:
+            yield folder
+
+
+def _folders(root: Root, prefix: str, depth: int) -> list[str]:
     """Keys of the folders ``depth`` names below a prefix; links are folders here, so that they are looked at."""
-    try:
-        names = sorted(entry.name for entry in os.scandir(root.folder / prefix) if entry.is_dir())
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for name in names:
-        key = f"{prefix}/{name}"
-        if depth == 1:
-            yield key
-        elif not (root.folder / key).is_symlink():
-            yield from _folders(root, key, depth - 1)
+    length = len(prefix.split("/")) + depth
+    found = {tuple(parts[:length]) for stored in root.walk(prefix) if len(parts := stored.key.split("/")) > length}
+    links = {tuple(parts) for link in root.place.links(prefix) if len(parts := link.split("/")) == length}
+    return sorted("/".join(parts) for parts in found | links)
 
 
 def _of_cohort(root: Root, cohort: str) -> list[str]:
-    results = list(_folders(root, f"results/{cohort}", 2))
+    results = _folders(root, f"results/{cohort}", 2)
     named: set[str] = set()
     for key in results:
-        facts, _ = read_receipt(root.folder / key)
+        facts, _ = read_receipt(root, key)
         if facts is not None:
             model = str(facts.get("model", "")).partition("@")
             named |= {str(facts.get("volume", "")), f"models/{model[0]}/{model[2]}"}
@@ -134,36 +129,37 @@ def _of_cohort(root: Root, cohort: str) -> list[str]:
 
 def _check(root: Root, key: str, now: datetime) -> Checked:
     """Twice where something is wrong: a run may have replaced the object while it was looked at."""
-    receipt = root.folder / key / RECEIPT
-    before = _bytes_of(receipt)
+    before = _receipt_bytes(root, key)
     checked = look(root, key, now)
-    return look(root, key, now) if checked.findings and _bytes_of(receipt) != before else checked
+    return look(root, key, now) if checked.findings and _receipt_bytes(root, key) != before else checked
 
 
-def _bytes_of(path: Path) -> bytes | None:
+def _receipt_bytes(root: Root, key: str) -> bytes | None:
     try:
-        return path.read_bytes()
+        return root.place.get(f"{key}/{RECEIPT}")
     except OSError:
         return None
 
 
 def look(root: Root, key: str, now: datetime) -> Checked:
     """What one object holds against its receipt."""
-    folder = root.folder / key
     remedy = _remedy(key)
 
     def finding(code: str, found: str, remedy: str = remedy) -> Finding:
         return Finding(key, code, found, remedy)
 
-    if folder.is_symlink():
+    links = root.place.links(key)
+    if key in links:
         return Checked((finding("fsck.link", "a link stands where a folder should be", "put the folder itself here"),))
-    present, links = _inside(folder)
-    findings = [finding("fsck.link", f"{one_line(name)} is a link, whose target is not sealed") for name in links]
-    facts, reason = read_receipt(folder)
+    inside = list(root.place.walk(key))
+    present = {stored.key.removeprefix(f"{key}/"): stored.size for stored in inside}
+    linked = [one_line(link.removeprefix(f"{key}/")) for link in links]
+    findings = [finding("fsck.link", f"{name} is a link, whose target is not sealed") for name in linked]
+    facts, reason = read_receipt(root, key)
     if facts is None:
         if reason:
             findings.append(finding("fsck.receipt", reason))
-        elif is_old(folder, now, UNFINISHED):
+        elif is_old(inside, now, UNFINISHED):
             findings.append(finding("fsck.orphan", f"{len(present)} files without a receipt", _orphan_remedy(key)))
         return Checked(tuple(findings))
     named: dict[str, str] = facts["files"]
@@ -179,7 +175,7 @@ def look(root: Root, key: str, now: datetime) -> Checked:
             findings.append(finding("fsck.missing", f"{one_line(name)} is not there"))
             continue
         try:
-            same = file_digest(folder / name) == digest
+            same = root.digest(f"{key}/{name}") == digest
         except FileNotFoundError:
             findings.append(finding("fsck.missing", f"{one_line(name)} is not there"))
             continue
@@ -191,32 +187,16 @@ def look(root: Root, key: str, now: datetime) -> Checked:
             what = f"{one_line(name)} has {size} bytes that are not those of the receipt (SHA-256)"
             findings.append(finding("fsck.changed", what))
     for name in sorted(present.keys() - named.keys() - {RECEIPT}):
-        if not Path(name).name.startswith(LEFTOVER):
-            what = f"{one_line(name)} is not named by the receipt"
-            findings.append(finding("fsck.extra", what, "move it elsewhere: nothing reads it"))
+        what = f"{one_line(name)} is not named by the receipt"
+        findings.append(finding("fsck.extra", what, "move it elsewhere: nothing reads it"))
     return Checked(tuple(findings), hashed, read)
 
 
-def _inside(folder: Path) -> tuple[dict[str, int], list[str]]:
-    """Size in bytes of every regular file by its name below the folder, and the names of links."""
-    sizes: dict[str, int] = {}
-    links: list[str] = []
-    for place, folders, names in os.walk(folder):
-        for name in (*folders, *names):
-            path = Path(place, name)
-            below = path.relative_to(folder).as_posix()
-            if path.is_symlink():
-                links.append(below)
-            elif name in names and path.is_file():
-                sizes[below] = path.stat().st_size
-    return sizes, sorted(links)
-
-
-def read_receipt(folder: Path) -> tuple[dict[str, Any] | None, str]:
+def read_receipt(root: Root, key: str) -> tuple[dict[str, Any] | None, str]:
     """A receipt and '', or None and what is wrong with it; None and '' when there is none."""
     try:
-        facts = json.loads((folder / RECEIPT).read_bytes())
-    except FileNotFoundError:
+        facts = json.loads(root.place.get(f"{key}/{RECEIPT}"))
+    except (FileNotFoundError, NotADirectoryError):
         return None, ""
     except OSError as error:
         return None, f"the receipt cannot be read ({error.strerror})"
@@ -232,15 +212,9 @@ def _stays_inside(name: str) -> bool:
     return "\0" not in name and not any(part in ("", ".", "..") for part in name.split("/"))
 
 
-def is_old(path: Path, now: datetime, age: timedelta) -> bool:
-    """Whether a file, or everything in a folder, was last written longer ago than ``age``."""
-    try:
-        newest = path.lstat().st_mtime
-        for place, folders, names in os.walk(path):
-            newest = max([newest, *(Path(place, name).lstat().st_mtime for name in (*folders, *names))])
-    except FileNotFoundError:
-        return False  # somebody works on it
-    return now.timestamp() - newest > age.total_seconds()
+def is_old(found: Sequence[Stored], now: datetime, age: timedelta) -> bool:
+    """Whether all of some objects were written longer ago than ``age``; no objects are not old."""
+    return bool(found) and now - max(stored.modified for stored in found) > age
 
 
 def _remedy(key: str) -> str:

@@ -158,7 +158,8 @@ def compare(root: Root, case: str, champion: tuple[Model, str], challenger: tupl
 
 def read_mask(root: Root, key: str) -> Volume:
     """The written mask of a finished result, one channel, on the scan's own grid."""
-    return read_label(root.path(f"{key}/{MASK}"))
+    with root.at_hand(f"{key}/{MASK}") as path:
+        return read_label(path)
 
 
 def structure_mask(root: Root, key: str, plan: Plan, label: str) -> np.ndarray:
@@ -192,7 +193,8 @@ def pairs_of(root: Root, nights: Iterable[Shadow]) -> list[Pair]:
     for night in nights:
         if not night.compared:
             continue
-        table = pq.read_table(root.path(f"shadows/{night.cohort}/{night.night}.parquet"))
+        with root.open(f"shadows/{night.cohort}/{night.night}.parquet") as file:
+            table = pq.read_table(file)
         for row in table.to_pylist():
             pair = Pair(**{name: row[name] for name in Pair.__dataclass_fields__})
             found[pair.champion_key, pair.challenger_key, pair.label] = pair

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +25,8 @@ from workers.folders import Folder
 from workers.objects import Place, Stored
 
 RECEIPT = "receipt.json"
+FETCHED_AT_ONCE = 8
+"""Objects that are fetched side by side."""
 HOME_VARIABLE = "VNET_HOME"
 """Names the folder of this machine for what belongs to a root and cannot lie in a bucket."""
 _PART = re.compile(r"[A-Za-z0-9._@+=-]+")
@@ -67,15 +70,10 @@ class Root:
         """The root as people write it: the folder, or the URL of the bucket."""
         return str(self.place.folder) if isinstance(self.place, Folder) else self.url
 
-    # TRANSITION: removed when nothing uses it any more
     @property
-    def folder(self) -> Path:
-        """The folder of this machine."""
-        return self.home
-
-    def path(self, key: str) -> Path:
-        """The file of a key in a folder."""
-        return self.home / _checked(key)
+    def is_here(self) -> bool:
+        """Whether objects are files below :attr:`home`."""
+        return isinstance(self.place, Folder)
 
     def where(self, key: str) -> str:
         """An object or prefix as people write it."""
@@ -173,11 +171,25 @@ class Root:
             yield path
 
     @contextmanager
+    def all_at_hand(self, keys: Sequence[str]) -> Iterator[list[Path]]:
+        """Several objects as :meth:`at_hand` gives one, fetched side by side."""
+        with ExitStack() as stack:
+            with ThreadPoolExecutor(FETCHED_AT_ONCE) as threads:
+                paths = list(threads.map(lambda key: stack.enter_context(self.at_hand(key)), keys))
+            yield paths
+
+    @contextmanager
     def written(self, key: str) -> Iterator[Path]:
         """A path of this machine, named like the key's last part, for the block to write a file or folder at; at the
         end of the block it is stored under the key. Not atomic: a receipt comes after it."""
         with self.place.written(_checked(key)) as path:
             yield path
+
+    @contextmanager
+    def room(self) -> Iterator[None]:
+        """For writers that write by themselves: what goes wrong in the block is told as by :meth:`put`."""
+        with self.place.room():
+            yield
 
     def receipt(self, prefix: str) -> dict[str, Any] | None:
         """The receipt of a finished result, or None when it is not finished."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, get_args
@@ -62,13 +63,18 @@ class Table:
     rows: list[dict[str, Any]]
 
 
-def open_tables(root: Root, keys: Sequence[str]) -> duckdb.DuckDBPyConnection:
-    """A connection with the view ``rows`` over the Parquet files of these keys, in the order of the keys.
+@contextmanager
+def open_tables(root: Root, keys: Sequence[str]) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection, for the block, with the view ``rows`` over the Parquet files of these keys, in their order.
 
     Columns that a file lacks are NULL. Raises StorageError ``query.damaged`` when a file is no Parquet.
     """
-    files = [str(root.path(key)) for key in keys]
-    connection = duckdb.connect(":memory:")
+    with root.all_at_hand(keys) as paths, duckdb.connect(":memory:") as connection:
+        _open(root, connection, [str(path) for path in paths])
+        yield connection
+
+
+def _open(root: Root, connection: duckdb.DuckDBPyConnection, files: Sequence[str]) -> None:
     for name, value in _SETTINGS.items():
         connection.execute(f"SET {name} = ?", [value])
     connection.execute("SET allowed_paths = ?", [files])
@@ -84,7 +90,6 @@ def open_tables(root: Root, keys: Sequence[str]) -> duckdb.DuckDBPyConnection:
         connection.execute(f"CREATE VIEW rows AS {source}")
     except duckdb.Error as error:
         raise damaged(root, error) from None
-    return connection
 
 
 def add_nights(connection: duckdb.DuckDBPyConnection, records: Sequence[Mapping[str, Any]]) -> None:
@@ -139,7 +144,7 @@ def as_table(names: Sequence[str], tuples: Sequence[Sequence[Any]]) -> Table:
 
 def damaged(root: Root, error: duckdb.Error) -> VnetError:
     """What to say when the tables themselves cannot be read."""
-    words = _words(error).replace(f"{root.folder}/", "")
+    words = _words(error).replace(f"{root.home}/", "")
     return StorageError("query.damaged", f"the table of a night cannot be read ({words}); write it again: vnet report")
 
 

@@ -258,7 +258,8 @@ def _fit_together(root: Root, run: Run, engines: Engines) -> None:
         ),
         run_config=ray.train.RunConfig(
             name="ray",
-            storage_path=str(root.path(run.prefix)),
+            # only Ray's own notes: checkpoints are objects of the root
+            storage_path=str(root.home / run.prefix),
             # a worker that dies is replaced and goes on from the last checkpoint; our own errors are final
             failure_config=ray.train.FailureConfig(max_failures=0),
         ),

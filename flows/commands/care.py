@@ -200,7 +200,7 @@ def doctor(options: Namespace) -> Result:
     root_url = options.root or os.environ.get(ROOT_VARIABLE) or None
     with contextlib.suppress(ValueError):
         # before Prefect is imported
-        os.environ.update(prefect_environment(Root(root_url or Site().root).folder / "prefect"))
+        os.environ.update(prefect_environment(Root(root_url or Site().root).home / "prefect"))
     from flows.doctor import diagnose
 
     checks = diagnose(root_url, site_file, utc_now())

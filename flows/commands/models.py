@@ -84,7 +84,7 @@ def _show(options: Namespace) -> Result:
 
     root = open_session().root
     model = load_model(root, _reference(options))
-    text = f"{model.reference} {model.digest}\n{root.path(model.prefix)}\n" + "\n".join(
+    text = f"{model.reference} {model.digest}\n{root.where(model.prefix)}\n" + "\n".join(
         f"{name}: {value}" for name, value in {**model.facts["metrics"], **model.facts["training"]}.items()
     )
     return Result(text, [], {"model": model.facts, "digest": model.digest})

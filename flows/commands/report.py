@@ -39,7 +39,7 @@ def report(options: Namespace) -> Result:
         check_settings(root, night, settings)
         save_reporting(root, options.cohort, settings)
     data = run_flow(report_night_anew, cohort=options.cohort, night=night.id, measure=options.measure)
-    return told(options.cohort, data, str(root.path(f"reports/{options.cohort}/{night.id}.csv")))
+    return told(options.cohort, data, root.where(f"reports/{options.cohort}/{night.id}.csv"))
 
 
 REPORT = Command("report", "make the report of a night anew from its masks", "api", _report_arguments, report)

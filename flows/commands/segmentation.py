@@ -20,6 +20,7 @@ from vnet_core.errors import ConfigError
 from vnet_core.plan import config_error
 from workers.identity import Pseudonyms
 from workers.rules import DEFAULT_RULES, NightRules
+from workers.store import Root
 
 FORMATS = ("nifti", "mha", "nrrd", "ome-zarr", "dicom-seg", "rtstruct")
 """Formats of masks, by the names that ``--format`` takes."""
@@ -131,16 +132,17 @@ def night_result(session: Session, data: Mapping[str, Any], output: str | None) 
         if outcome.case in by_case:
             parts = by_case[outcome.case]
             review = parts[0]["review"] or ""
-            mask = root.path(f"{parts[0]['result']}/{name}") if published(review) else None
+            key = f"{parts[0]['result']}/{name}" if published(review) else ""
+            mask = root.where(key) if key else None
             held += mask is None
-            if output and mask:
-                mask = copy_mask(mask, Path(output), outcome.case)
+            if output and key:
+                mask = str(copy_mask(root, key, Path(output), outcome.case))
             regions = [_label(row) for row in parts if row["label"] is None]
             labels = [_label(row) for row in parts if row["label"] is not None]
-            case |= {"mask": str(mask) if mask else None, "review": review, "labels": labels}
+            case |= {"mask": mask, "review": review, "labels": labels}
             case |= {"regions": regions} if regions else {}
         cases.append(case)
-    report_path = root.path(f"reports/{cohort}/{data['night']}.csv")
+    report_path = root.where(f"reports/{cohort}/{data['night']}.csv")
     columns = ("case", "state", "name", "volume_ml", "components", "flags")
     lines = [
         f"night {data['night']} of cohort {cohort}: {summary(data['outcomes'])}",
@@ -148,11 +150,9 @@ def night_result(session: Session, data: Mapping[str, Any], output: str | None) 
         f"and {len(rows) - SHOWN} more rows, all in the table" if len(rows) > SHOWN else "",
         f"{held} masks wait for a decision or were rejected: vnet review list --cohort {cohort}" if held else "",
         f"table: {report_path}",
-        f"masks: {Path(output).resolve() if output else root.path('results/' + cohort)}",
+        f"masks: {Path(output).resolve() if output else root.where('results/' + cohort)}",
     ]
-    return Result(
-        "\n".join(line for line in lines if line), cases, {"night": data["night"], "report": str(report_path)}
-    )
+    return Result("\n".join(line for line in lines if line), cases, {"night": data["night"], "report": report_path})
 
 
 def _label(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,16 +167,17 @@ def _label(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def copy_mask(mask: Path, folder: Path, case: str) -> Path:
-    """The mask as ``folder/<case><suffix>``, whole or not at all."""
+def copy_mask(root: Root, key: str, folder: Path, case: str) -> Path:
+    """The mask of that key as ``folder/<case><suffix>``, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{case}{mask.name.removeprefix('mask')}"
+    target = folder / f"{case}{key.rpartition('/')[2].removeprefix('mask')}"
     temporary = folder / f".{target.name}.part"
-    if mask.is_dir():
-        for old in (temporary, target):
-            shutil.rmtree(old, ignore_errors=True)
-        shutil.copytree(mask, temporary)
-    else:
-        shutil.copyfile(mask, temporary)
+    with root.at_hand(key) as mask:
+        if mask.is_dir():
+            for old in (temporary, target):
+                shutil.rmtree(old, ignore_errors=True)
+            shutil.copytree(mask, temporary)
+        else:
+            shutil.copyfile(mask, temporary)
     temporary.replace(target)
     return target

@@ -96,7 +96,7 @@ def train(options: Namespace) -> Result:
     dice = ", ".join(f"{name} {value:.3f}" for name, value in scores.items()) or "no validation cases"
     text = (
         f"model {model.reference}: {training['steps']} steps in {training['minutes']:.1f} min,"
-        f" validation Dice: {dice}\n{session.root.path(model.prefix)}"
+        f" validation Dice: {dice}\n{session.root.where(model.prefix)}"
     )
     extra = {"model": model.reference, "digest": model.digest, "training": training, "metrics": model.facts["metrics"]}
     return Result(text, [], extra)

@@ -35,4 +35,4 @@ def taken_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = Root(folder / "root")
     publish_model(root)
     take_in(root, "many", [folder / "scans"])
-    return root.folder
+    return root.home

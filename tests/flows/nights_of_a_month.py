@@ -22,6 +22,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from flows.server import local_api, prefect_environment
+from tests.files import file_of
 from tests.workers.tiny_cohort import MODEL, publish_model, take_in, write_scan
 from workers.clusters import ray_session
 from workers.report import read_rows
@@ -105,7 +106,7 @@ class Month:
 
     def blocked(self) -> Path:
         """Where the spoilt case's results would lie, in a place of their own."""
-        return self.root.path(f"results/{COHORT}/case000")
+        return file_of(self.root, f"results/{COHORT}/case000")
 
     def rows_are(self, night: str, states: dict[str, str]) -> None:
         """One state per case, and every case of the sources in the table."""
@@ -133,8 +134,8 @@ def main(folder: Path) -> None:
     publish_model(month.root)
     month.day(0)
     take_in(month.root, COHORT, [month.scans])
-    os.environ["VNET_ROOT"] = str(month.root.folder)
-    home = month.root.folder / "prefect"
+    os.environ["VNET_ROOT"] = str(month.root.home)
+    home = month.root.home / "prefect"
     os.environ.update(prefect_environment(home))
     with local_api(home) as api:
         os.environ["PREFECT_API_URL"] = api.url
@@ -228,7 +229,7 @@ def killed(month: Month, started: datetime) -> dict[str, object]:
         month.arrive()
     states = month.expected.states(month.model, None)
     todo = [case for case, state in states.items() if state == "computed"]
-    subprocess.run([sys.executable, "-m", "tests.flows.killed_night", str(month.root.folder), started.isoformat()])
+    subprocess.run([sys.executable, "-m", "tests.flows.killed_night", str(month.root.home), started.isoformat()])
     again = started + timedelta(hours=1)
     after = run(month, again, NightRules(retries=0), lambda: again)
     dead = month.root.names(f"nights/{COHORT}")[-2].removesuffix(".json")

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from flows.cli import main
 from flows.commands.care import told
 from flows.server import ServerProcess, prefect_environment, start_server
+from tests.files import file_of
 from tests.flows.browser import call_api
 from tests.walkthrough import REPOSITORY, environment, take_ctrl_c
 from tests.workers.small_root import COHORT, PLAN, add_night, age, case_of, small_root
@@ -67,7 +68,7 @@ def vnet(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_fsck_of_a_clean_root(vnet: Vnet, root: Root) -> None:
-    code, text, document = vnet("fsck", "--root", root.folder)
+    code, text, document = vnet("fsck", "--root", root.home)
     assert code == 0
     assert text.startswith("5 objects, ")
     assert text.endswith(": nothing is wrong\n")
@@ -79,7 +80,7 @@ def test_fsck_names_what_is_wrong_and_repairs_what_it_may(vnet: Vnet, root: Root
     key = volume_key(case_of("a"), PLAN)
     root.put(f"{key}/zarr.json", b"{}")
     root.put(f"nights/{COHORT}/2026-01-01_000000.json", b"")
-    code, text, document = vnet("fsck", "--root", root.folder)
+    code, text, document = vnet("fsck", "--root", root.home)
     assert code == 3
     assert (
         f"{key}  fsck.changed: zarr.json has 2 bytes that are not those of the receipt (SHA-256)\n    run vnet" in text
@@ -90,17 +91,17 @@ def test_fsck_names_what_is_wrong_and_repairs_what_it_may(vnet: Vnet, root: Root
         (key, "fsck.changed"),
     ]
     assert document["counts"] == {"accepted": 1, "failed": 3}
-    code, text, document = vnet("fsck", "--repair", "--root", root.folder)
+    code, text, document = vnet("fsck", "--repair", "--root", root.home)
     assert code == 3
     assert "removed; the next night that needs it makes it again" in text
     assert text.endswith("2 findings, 1 repaired\n")
-    assert not root.path(key).exists()
+    assert not file_of(root, key).exists()
     root.delete(f"nights/{COHORT}/2026-01-01_000000.json")
-    assert vnet("fsck", "--root", root.folder)[0] == 0
+    assert vnet("fsck", "--root", root.home)[0] == 0
 
 
 def test_fsck_of_a_cohort_that_is_not_there(root: Root, vnet: Vnet, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fsck", "--cohort", "other", "--root", str(root.folder)]) == 2
+    assert main(["fsck", "--cohort", "other", "--root", str(root.home)]) == 2
     assert "cohort.unknown" in capsys.readouterr().err
 
 
@@ -109,10 +110,10 @@ def test_fsck_of_a_cohort_that_is_not_there(root: Root, vnet: Vnet, capsys: pyte
 
 def test_gc_says_what_would_go_and_then_lets_it_go(vnet: Vnet, root: Root) -> None:
     root.put(f"logs/{COHORT}/{STARTED:%Y-%m-%d_%H%M%S}.jsonl", bytes(2_000_000))
-    before = sorted(root.folder.rglob("*"))
-    rules = ("gc", "--nights-days", "30", "--root", root.folder)
+    before = sorted(root.home.rglob("*"))
+    rules = ("gc", "--nights-days", "30", "--root", root.home)
     code, text, document = vnet(*rules, "--dry-run")
-    assert sorted(root.folder.rglob("*")) == before
+    assert sorted(root.home.rglob("*")) == before
     night = f"nights/{COHORT}/{STARTED:%Y-%m-%d_%H%M%S}"
     assert code == 0
     assert text.splitlines()[:2] == ["night: 1, 2.0 MB", f"  {night}  2.0 MB, 40 days old, nights stay 30"]
@@ -123,11 +124,11 @@ def test_gc_says_what_would_go_and_then_lets_it_go(vnet: Vnet, root: Root) -> No
     code, text, document = vnet(*rules)
     assert text.endswith("1 things with 2.0 MB went, and 0 older versions of artifacts\n")
     assert document["gone"] == []
-    assert not root.path(f"{night}.json").exists()
+    assert not file_of(root, f"{night}.json").exists()
 
 
 def test_gc_without_rules_keeps_everything_and_says_so(vnet: Vnet, root: Root) -> None:
-    code, text, document = vnet("gc", "--root", root.folder)
+    code, text, document = vnet("gc", "--root", root.home)
     assert (code, document["gone"]) == (0, [])
     assert "no rule was given" in text
 
@@ -135,7 +136,7 @@ def test_gc_without_rules_keeps_everything_and_says_so(vnet: Vnet, root: Root) -
 @pytest.mark.parametrize("option", ["--nights-days=0", "--results-days=-1", "--grace-hours=nan", "--spares-days=x"])
 def test_gc_refuses_a_rule_that_is_none(option: str, root: Root, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(["gc", option, "--root", str(root.folder)])
+        main(["gc", option, "--root", str(root.home)])
     assert caught.value.code == 2
     assert "is not 1 or more" in capsys.readouterr().err
 
@@ -144,7 +145,7 @@ def test_gc_refuses_a_rule_that_is_none(option: str, root: Root, capsys: pytest.
 
 
 def test_metrics_are_printed(vnet: Vnet, root: Root) -> None:
-    code, text, document = vnet("metrics", "--root", root.folder)
+    code, text, document = vnet("metrics", "--root", root.home)
     assert code == 0
     for shown in (text, document["metrics"]):
         found = {family.name: family for family in text_string_to_metric_families(shown)}
@@ -155,7 +156,7 @@ def test_metrics_are_printed(vnet: Vnet, root: Root) -> None:
 def test_metrics_are_served_on_this_machine_until_the_command_is_stopped(
     vnet: Vnet, root: Root, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["vnet", "metrics", "--port", "0", "--root", str(root.folder)]
+    command = ["vnet", "metrics", "--port", "0", "--root", str(root.home)]
     pipe = subprocess.PIPE
     streams = {"stderr": pipe, "stdout": pipe, "text": True}
     with subprocess.Popen(command, **streams, env=environment(), preexec_fn=take_ctrl_c) as process:
@@ -166,7 +167,7 @@ def test_metrics_are_served_on_this_machine_until_the_command_is_stopped(
         with urllib.request.urlopen(url) as response:
             assert "vnet_last_success_timestamp_seconds" in response.read().decode()
         port = int(url.rpartition(":")[2].partition("/")[0])
-        assert main(["metrics", "--port", str(port), "--root", str(root.folder)]) == 2
+        assert main(["metrics", "--port", str(port), "--root", str(root.home)]) == 2
         assert "metrics.port-busy" in capsys.readouterr().err
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
@@ -246,7 +247,7 @@ def test_doctor_of_schedules_their_nights_and_the_server(root: Root, server: Ser
     def asked(cron: str, now: datetime, url: str = "", zone: str = "Europe/Berlin") -> list[str]:
         site = tmp_path / f"site-{len(list(tmp_path.iterdir()))}.toml"
         site.write_text(SITE.format(cron=cron, zone=zone))
-        return [str(root.folder), str(site), now.isoformat(), url]
+        return [str(root.home), str(site), now.isoformat(), url]
 
     now = datetime.now(UTC)
     alone, gone, served, well = run(
@@ -323,9 +324,9 @@ def test_older_versions_of_artifacts_go_and_the_newest_stays(server: ServerProce
 
 
 def test_gc_asks_the_server_that_is_named(root: Root, server: ServerProcess) -> None:
-    command = ["vnet", "gc", "--artifacts-days", "1", "--json", "--root", str(root.folder)]
+    command = ["vnet", "gc", "--artifacts-days", "1", "--json", "--root", str(root.home)]
     env = {**environment(), "PREFECT_API_URL": server.api_url}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["artifact_versions"] == 0
-    assert not (root.folder / "prefect" / "prefect.db").exists(), "no server of its own was started"
+    assert not (root.home / "prefect" / "prefect.db").exists(), "no server of its own was started"

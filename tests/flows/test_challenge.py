@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 
 from flows.challenge import challenge_page, compared_night
+from tests.files import file_of
 from tests.workers.known_model import SHARPNESS, known_network, known_plan, scan_of
 from vnet_core.geometry import Geometry
 from vnet_core.plan import Label, Plan
@@ -133,7 +134,7 @@ def test_volumes_and_dice_by_pencil(site):
 
 def test_the_record_has_the_columns_and_the_masks_lie_side_by_side(site):
     found = site.night()
-    table = pq.read_table(site.root.path(f"shadows/brains/{NIGHT.id}.parquet"))
+    table = pq.read_table(file_of(site.root, f"shadows/brains/{NIGHT.id}.parquet"))
     assert table.schema.names == SCHEMA.names
     (row, *_) = table.to_pylist()
     models = [load_model(site.root, f"brain@{version}") for version in ("v1", "v2")]
@@ -250,7 +251,7 @@ def test_a_case_that_fails_is_told_and_the_others_are_compared(site):
 
 def test_a_mask_that_cannot_be_read_is_one_failed_case(site):
     key = key_of(site.jobs[1], load_model(site.root, "brain@v1"))
-    site.root.path(f"{key}/mask.ome.zarr/zarr.json").write_text("{")
+    file_of(site.root, f"{key}/mask.ome.zarr/zarr.json").write_text("{")
     found = site.night()
     assert (found.compared, [one["case"] for one in found.failed]) == (1, ["case-1"])
 
@@ -261,7 +262,7 @@ def test_cases_that_the_night_had_no_time_for_are_neither(site):
 
 
 def test_a_damaged_challenger_fails_no_night(site):
-    site.root.path("models/brain/v2/weights.safetensors").write_bytes(b"")
+    file_of(site.root, "models/brain/v2/weights.safetensors").write_bytes(b"")
     found = site.night()
     assert found.problem.startswith("model.damaged: ")
     assert (found.compared, found.failed) == (0, [])

@@ -13,6 +13,7 @@ from flows.commands.models import MODELS
 from flows.commands.retraining import RETRAIN
 from flows.models import Person, Promotion, model_page, promote_model, rollback_model, withdraw_challenger
 from flows.retraining import Retraining, retrain_model
+from tests.files import file_of
 from tests.workers.known_model import known_network, known_plan
 from vnet_core.errors import ConfigError, StorageError
 from workers.models import Target, publish
@@ -30,7 +31,7 @@ CURVE = b"\x89PNG"
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Root:
     root = Root(tmp_path / "root")
-    monkeypatch.setenv("VNET_ROOT", str(root.folder))
+    monkeypatch.setenv("VNET_ROOT", str(root.home))
     monkeypatch.delenv("VNET_SITE", raising=False)
     weights = safetensors.torch.save(known_network(PLAN).state_dict())
     for version in ("v1", "v2"):
@@ -69,7 +70,7 @@ def test_the_list_shows_which_version_is_used(root):
 
 def test_the_list_tells_what_is_damaged_and_what_is_gone(root):
     models("promote", "brain@v1", "--by", "Ada")
-    root.path("models/brain/v2/weights.safetensors").write_bytes(b"")
+    file_of(root, "models/brain/v2/weights.safetensors").write_bytes(b"")
     root.delete("models/brain/v1")
     rows = models("list").extra["models"]
     assert [(row["model"], row["alias"], row["note"]) for row in rows] == [
@@ -163,6 +164,6 @@ def test_the_page_of_a_model_has_cards_curves_and_changes(root):
 
 def test_the_page_tells_a_champion_that_cannot_be_used(root):
     promote(root, "brain", "v1", "Ada", "")
-    root.path("models/brain/v1/weights.safetensors").write_bytes(b"")
+    file_of(root, "models/brain/v1/weights.safetensors").write_bytes(b"")
     assert "`brain@champion`" not in model_page(root, "brain")
     assert "**`brain@v1` cannot be used.** weights.safetensors of model brain@v1" in model_page(root, "brain")

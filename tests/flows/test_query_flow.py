@@ -198,7 +198,7 @@ def vnet(root: Root, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         monkeypatch.delenv(name)
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
-        code = main(["query", *map(str, arguments), "--root", str(root.folder)])
+        code = main(["query", *map(str, arguments), "--root", str(root.home)])
         told = capsys.readouterr()
         return code, told.out, told.err
 
@@ -281,6 +281,6 @@ main(["query", "--nights", "1", "--save", "mine", "--root", sys.argv[1]])
 main(["query", "--sql", "FROM latest", "--format", "csv", "--root", sys.argv[1]])
 print([name for name in ("prefect", "torch", "ray", "dask", "matplotlib", "pandas") if name in sys.modules])
 """
-    command = [sys.executable, "-c", program, str(root.folder)]
+    command = [sys.executable, "-c", program, str(root.home)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=REPOSITORY, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -23,7 +23,7 @@ def root(tmp_path, monkeypatch) -> Root:
 
 
 def run(root: Root, *arguments: str) -> int:
-    return main(["radiomics", "--cohort", COHORT, "--root", str(root.folder), *arguments])
+    return main(["radiomics", "--cohort", COHORT, "--root", str(root.home), *arguments])
 
 
 @extra

@@ -62,7 +62,7 @@ serve_until_stopped(found, os.environ["PREFECT_API_URL"])
 def gated(cohort: str) -> State[Any]:
     """A night whose cases were all computed before; each time it begins, it says so in the file ``begun``."""
     session = open_session()
-    with (session.root.folder / "begun").open("a") as told:
+    with (session.root.home / "begun").open("a") as told:
         told.write(f"{os.getpid()}\n")
     answer = answered(session)
     if answer is not None:
@@ -154,7 +154,7 @@ class Place:
 
     @property
     def begun(self) -> list[str]:
-        return (self.root.folder / "begun").read_text("utf-8").split()
+        return (self.root.home / "begun").read_text("utf-8").split()
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     root = Root(folder / "root")
     keys = night_of(root, folder, [*FLAGGED, *PLAIN], deliver=str(folder / "out"))
     with start_server(folder / "home", 0) as server:
-        env = environment(folder / "home", PREFECT_API_URL=server.api_url, VNET_ROOT=str(root.folder))
+        env = environment(folder / "home", PREFECT_API_URL=server.api_url, VNET_ROOT=str(root.home))
         env.pop("VNET_SITE", None)
         with (
             (folder / "log").open("wb") as log,
@@ -313,7 +313,7 @@ def root(tmp_path: Path) -> Root:
 
 def vnet(root: Root, *arguments: str) -> int:
     with patch.dict(os.environ):  # the command line sets variables
-        return main(["review", *arguments, "--root", str(root.folder), "--json"])
+        return main(["review", *arguments, "--root", str(root.home), "--json"])
 
 
 def decide(root: Root, case: str, choice: str, *more: str) -> int:

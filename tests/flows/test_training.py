@@ -8,6 +8,7 @@ import pytest
 import safetensors.numpy
 
 from tests.conftest import Walkthrough
+from tests.files import file_of
 from tests.flows.test_commands import run
 from workers.models import load_model, load_networks
 from workers.store import Root
@@ -75,12 +76,12 @@ def test_folds_go_on_where_they_stood(root: Path, folded: dict[str, Any]) -> Non
     # the second fold's last figures and the bundle are lost: nothing but that is made again
     store = Root(str(root))
     before = [store.get(f"models/folded/v1/weights-{fold}.safetensors") for fold in range(2)]
-    first = store.path("training/folded/v1/fold-0/fitted/receipt.json").stat().st_mtime_ns
+    first = file_of(store, "training/folded/v1/fold-0/fitted/receipt.json").stat().st_mtime_ns
     store.delete("models/folded")
     store.delete("training/folded/v1/fold-1/fitted")
     train(root, "--model", "folded", "--resume")
     assert [store.get(f"models/folded/v1/weights-{fold}.safetensors") for fold in range(2)] == before
-    assert store.path("training/folded/v1/fold-0/fitted/receipt.json").stat().st_mtime_ns == first
+    assert file_of(store, "training/folded/v1/fold-0/fitted/receipt.json").stat().st_mtime_ns == first
 
 
 def test_a_training_that_starts_from_a_model(root: Path) -> None:

@@ -70,7 +70,7 @@ def test_files_that_arrive_start_one_run_and_later_ones_the_next(
 
     scan = tmp_path / "scans" / "a.nii"
     env = environment(tmp_path, PREFECT_API_URL=server.api_url)
-    command = [sys.executable, "-c", SERVE, str(root.folder), WATCHED.model_dump_json(), str(tmp_path)]
+    command = [sys.executable, "-c", SERVE, str(root.home), WATCHED.model_dump_json(), str(tmp_path)]
     with (
         (tmp_path / "log").open("w") as log,
         subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log) as process,

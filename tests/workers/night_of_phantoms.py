@@ -60,7 +60,7 @@ def segmented(
 ) -> list[dict[str, Any]]:
     """Write a phantom as a scan and its truth as its mask; the rows of its labels."""
     image, label = phantom(spec)
-    scan = root.folder.parent / "scans" / f"{case}.nii.gz"
+    scan = root.home.parent / "scans" / f"{case}.nii.gz"
     scan.parent.mkdir(exist_ok=True)
     write_volume(scan, image)
     known = Case(case, (str(scan),), digest=f"bytes of {case}", geometry=image.geometry)

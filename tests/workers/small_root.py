@@ -129,6 +129,6 @@ def small_root(folder: Path, night: datetime, cases: Sequence[str] = ("a", "b"))
 
 def age(root: Root, prefix: str, moment: datetime) -> None:
     """Let everything under a prefix have been written at a moment."""
-    folder = root.folder / prefix
+    folder = root.home / prefix
     for path in [folder, *folder.rglob("*")]:
         os.utime(path, (moment.timestamp(), moment.timestamp()))

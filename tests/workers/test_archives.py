@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.files import file_of
 from vnet_core.errors import ScanError
 from workers.archives import Limits, archive_stem, is_archive, unpacked
 from workers.store import Root
@@ -42,13 +43,13 @@ def refused(root: Root, path: Path, limits: Limits | None = None) -> str:
     with pytest.raises(ScanError) as caught:
         unpacked(root, path, limits or Limits())
     assert everything(path.parent, root) == before
-    assert not [p for p in root.folder.rglob("*") if p.is_file() or p.name == "scans"]
+    assert not [p for p in root.home.rglob("*") if p.is_file() or p.name == "scans"]
     assert "secret" not in str(caught.value), "a member's name may be a patient's"
     return caught.value.code
 
 
 def everything(folder: Path, root: Root) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if not p.is_relative_to(root.folder))
+    return sorted(p for p in folder.rglob("*") if not p.is_relative_to(root.home))
 
 
 def test_names_of_archives():
@@ -62,7 +63,7 @@ def test_a_sound_archive_is_unpacked_once(root, tmp_path, pack, name):
     path = pack(tmp_path / name, ("images/a.nii", b"one"), ("./labels/b.nii", b"two"), ("._a.nii", b"fork"))
     folder = unpacked(root, path)
     assert folder.name == "scans"
-    assert folder.parent.parent == root.path("archives")
+    assert folder.parent.parent == file_of(root, "archives")
     assert {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == {
         "images/a.nii": b"one",
         "labels/b.nii": b"two",

@@ -10,6 +10,7 @@ import pytest
 import zarr
 from ome_zarr_models.v05 import ImageLabel
 
+from tests.files import file_of
 from vnet_core.colours import rgb
 from vnet_core.errors import StorageError
 from vnet_core.geometry import CANONICAL_DIRECTION, Geometry, from_mapping, matrix_of
@@ -27,7 +28,7 @@ def root(tmp_path) -> Root:
 
 
 def shards(root: Root, prefix: str, name: str) -> list[Path]:
-    return sorted(p for p in root.path(f"{prefix}/{name}/c").rglob("*") if p.is_file())
+    return sorted(p for p in file_of(root, f"{prefix}/{name}/c").rglob("*") if p.is_file())
 
 
 def noise(*shape: int, dtype=np.float32) -> np.ndarray:
@@ -72,7 +73,10 @@ def test_several_arrays_and_their_attributes(root):
     write_arrays(root, "v", arrays, {"geometry": {"shape": [5, 6, 7]}, "é": [1.5, None]})
     for name, array in arrays.items():
         np.testing.assert_array_equal(read_array(root, "v", name), array)
-    assert dict(zarr.open_group(root.path("v"), mode="r").attrs) == {"geometry": {"shape": [5, 6, 7]}, "é": [1.5, None]}
+    assert dict(zarr.open_group(file_of(root, "v"), mode="r").attrs) == {
+        "geometry": {"shape": [5, 6, 7]},
+        "é": [1.5, None],
+    }
     assert root.exists("v/label/zarr.json")
     assert not root.exists("v/truth/zarr.json")
     assert not root.exists("w/label/zarr.json")
@@ -83,19 +87,20 @@ def test_a_second_write_replaces_everything(root):
     write_arrays(root, "v", {"image": noise(1, 5, 6, 7)}, {"b": 2})
     np.testing.assert_array_equal(read_array(root, "v", "image"), noise(1, 5, 6, 7))
     assert not root.exists("v/label/zarr.json")
-    assert dict(zarr.open_group(root.path("v"), mode="r").attrs) == {"b": 2}
+    group = zarr.open_group(file_of(root, "v"), mode="r")
+    assert dict(group.attrs) == {"b": 2}
 
 
 def test_plain_zarr_reads_what_we_write(root):
     write_arrays(root, "v", {"image": noise(2, 70, 5, 6)}, {})
-    array = zarr.open_array(root.path("v/image"), mode="r")
+    array = zarr.open_array(file_of(root, "v/image"), mode="r")
     np.testing.assert_array_equal(array[:], noise(2, 70, 5, 6))
     assert json.loads(root.get("v/image/zarr.json"))["zarr_format"] == 3
 
 
 def test_one_file_per_shard_and_chunks_within(root):
     write_arrays(root, "v", {"image": np.zeros((2, 300, 70, 20), np.float32)}, {})
-    array = zarr.open_array(root.path("v/image"), mode="r")
+    array = zarr.open_array(file_of(root, "v/image"), mode="r")
     assert array.chunks == (1, CHUNK_EDGE, CHUNK_EDGE, 20)
     assert array.shards == (1, SHARD_EDGE, 2 * CHUNK_EDGE, 20)
     assert len(shards(root, "v", "image")) == 4
@@ -159,7 +164,7 @@ def test_an_array_that_is_not_there_is_an_error(root):
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff"])
 def test_broken_metadata_are_an_error(root, content):
     write_arrays(root, "v", {"image": noise(1, 2, 2, 2)}, {})
-    root.path("v/image/zarr.json").write_bytes(content)
+    file_of(root, "v/image/zarr.json").write_bytes(content)
     refused(root)
 
 
@@ -241,15 +246,15 @@ def test_more_labels_than_colours_still_have_values_of_their_own(root):
 
 def test_the_field_s_own_models_accept_the_label_image(root):
     ome = ome_group(root)
-    image = ImageLabel.from_zarr(zarr.open_group(root.path("r/labels"), mode="r"))
+    image = ImageLabel.from_zarr(zarr.open_group(file_of(root, "r/labels"), mode="r"))
     told = image.attributes.ome.image_label
     assert [tuple(colour.rgba) for colour in told.colors] == [tuple(c["rgba"]) for c in ome["image-label"]["colors"]]
     assert [p["volume_ml"] for p in ome["image-label"]["properties"]] == [p.volume_ml for p in told.properties]
     ome["image-label"]["colors"][0]["rgba"] = [300, 0, 0, 255]
     attributes = json.loads(root.get("r/labels/zarr.json"))["attributes"] | {"ome": ome}
-    zarr.open_group(root.path("r/labels"), mode="a").attrs.put(attributes)
+    zarr.open_group(file_of(root, "r/labels"), mode="a").attrs.put(attributes)
     with pytest.raises(ValueError, match="rgba"):
-        ImageLabel.from_zarr(zarr.open_group(root.path("r/labels"), mode="r"))
+        ImageLabel.from_zarr(zarr.open_group(file_of(root, "r/labels"), mode="r"))
 
 
 def test_the_translation_lies_along_the_array_axes(root):

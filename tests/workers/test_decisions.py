@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.files import file_of
 from vnet_core.errors import ConfigError, StorageError
 from workers.decisions import (
     Decision,
@@ -97,7 +98,7 @@ def test_two_writers_at_once_lose_nothing(root):
         list(pool.map(lambda note: record(root, "liver", replace(FIRST, note=note)), notes))
     assert sorted(one.note for one in decisions(root, "liver", "a")) == sorted(notes)
     assert root.names("decisions/liver/a") == [f"{n:06d}.json" for n in range(1, 21)]
-    assert [path.name for path in root.path("decisions/liver/a").iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in file_of(root, "decisions/liver/a").iterdir() if path.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize(

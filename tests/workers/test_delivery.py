@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.files import file_of
 from vnet_core.errors import ConfigError, StorageError
 from workers import delivery
 from workers.decisions import Decision, record
@@ -143,7 +144,7 @@ def test_an_ome_zarr_is_copied_as_a_folder_and_replaced(root, folder):
 
 def test_a_mask_that_is_not_what_its_receipt_says_is_not_delivered(root, folder):
     key = result(root, "a")
-    root.path(f"{key}/mask.nii.gz").write_bytes(b"flip")
+    file_of(root, f"{key}/mask.nii.gz").write_bytes(b"flip")
     assert send(root, folder, ("a", key, "")).damaged == ("a",)
     assert visible(folder) == INDEX
 
@@ -266,7 +267,7 @@ def test_a_sheet_of_others_is_not_replaced_and_ours_is(root, folder):
 @pytest.mark.parametrize("where", ["relative", "root"])
 def test_a_folder_that_cannot_be_meant_is_refused(root, where):
     with pytest.raises(ConfigError) as caught:
-        deliver(root, NIGHT, [], "masks" if where == "relative" else str(root.folder / "masks"))
+        deliver(root, NIGHT, [], "masks" if where == "relative" else str(root.home / "masks"))
     assert caught.value.code == "deliver.folder"
 
 

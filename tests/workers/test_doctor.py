@@ -37,7 +37,7 @@ def test_a_machine_that_is_well(root: Root) -> None:
     for name in ("python", "packages", "root", "private folder", "dask", "ray"):
         assert found[name] == "ok", [check for check in checks if check.name == name]
     assert all(bool(check.remedy) == (check.state != "ok") for check in checks)
-    assert list(root.folder.iterdir()) == []
+    assert list(root.home.iterdir()) == []
 
 
 def test_an_error_of_a_check_is_bad_and_raises_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -123,17 +123,17 @@ def test_slow_writes_are_a_warning(root: Root, monkeypatch: pytest.MonkeyPatch) 
 
 
 def private_is_open(root: Root) -> None:
-    (root.folder / "private").chmod(0o750)
+    (root.home / "private").chmod(0o750)
 
 
 def secret_is_open(root: Root) -> None:
-    (root.folder / "private" / "secret").write_bytes(bytes(32))
-    (root.folder / "private" / "secret").chmod(0o604)
+    (root.home / "private" / "secret").write_bytes(bytes(32))
+    (root.home / "private" / "secret").chmod(0o604)
 
 
 def private_is_gone(root: Root) -> None:
     root.put_json("cohorts/liver/cohort.json", {})
-    (root.folder / "private").rmdir()
+    (root.home / "private").rmdir()
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def private_is_gone(root: Root) -> None:
     [(private_is_open, "mode 0750"), (secret_is_open, "mode 0604"), (private_is_gone, "is not there")],
 )
 def test_a_private_folder_that_others_can_read_is_bad(root: Root, fault: Callable[[Root], None], part: str) -> None:
-    (root.folder / "private").mkdir(mode=0o700, parents=True)
+    (root.home / "private").mkdir(mode=0o700, parents=True)
     assert doctor.private(root).state == "ok"
     fault(root)
     found = doctor.private(root)

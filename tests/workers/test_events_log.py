@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.files import file_of
 from tests.walkthrough import REPOSITORY
 from tests.workers.test_store import tmpfs
 from vnet_core.errors import StorageError
@@ -30,7 +31,7 @@ def test_a_line_by_hand(root: Root) -> None:
     log = EventLog(root, "liver", NIGHT)
     log(FAILED, NOW, attempt=2, worker="gpu1:77")
     log(Outcome("b", "ingest", "refused", ("scan.empty",)), NOW + timedelta(seconds=1))
-    lines = root.path(f"logs/liver/{NIGHT}.jsonl").read_text("utf-8").splitlines()
+    lines = file_of(root, f"logs/liver/{NIGHT}.jsonl").read_text("utf-8").splitlines()
     assert json.loads(lines[0]) == {
         "time": "2026-11-23T01:02:03.456+00:00",
         "cohort": "liver",
@@ -62,7 +63,7 @@ def test_threads_write_whole_lines(root: Root) -> None:
         list(pool.map(lambda outcome: log(outcome, NOW), outcomes))
     events = read_events(root, "liver", NIGHT)
     assert {event["case"] for event in events} == {outcome.case for outcome in outcomes}
-    assert len(events) == len(root.path(f"logs/liver/{NIGHT}.jsonl").read_bytes().splitlines()) == 500
+    assert len(events) == len(file_of(root, f"logs/liver/{NIGHT}.jsonl").read_bytes().splitlines()) == 500
 
 
 PROGRAM = """
@@ -71,6 +72,7 @@ from datetime import UTC, datetime
 from workers.events_log import EventLog
 from workers.ledger import Outcome
 from workers.store import Root
+from tests.files import file_of
 log = EventLog(Root(sys.argv[1]), "liver", sys.argv[2])
 for number in range(300):
     log(Outcome(f"{sys.argv[3]}-{number}", "segment", "computed"), datetime.now(UTC))
@@ -78,7 +80,7 @@ for number in range(300):
 
 
 def test_processes_write_whole_lines(root: Root) -> None:
-    command = [sys.executable, "-c", PROGRAM, str(root.folder), NIGHT]
+    command = [sys.executable, "-c", PROGRAM, str(root.home), NIGHT]
     running = [subprocess.Popen([*command, name], cwd=REPOSITORY) for name in ("one", "two")]
     assert [process.wait() for process in running] == [0, 0]
     cases = [event["case"] for event in read_events(root, "liver", NIGHT)]
@@ -87,7 +89,7 @@ def test_processes_write_whole_lines(root: Root) -> None:
 
 def test_a_line_that_a_kill_cut_costs_no_other(root: Root) -> None:
     EventLog(root, "liver", NIGHT)(FAILED, NOW)
-    path = root.path(f"logs/liver/{NIGHT}.jsonl")
+    path = file_of(root, f"logs/liver/{NIGHT}.jsonl")
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:20])
     log = EventLog(root, "liver", NIGHT)

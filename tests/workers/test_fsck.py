@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.files import file_of
 from tests.workers.small_root import COHORT, PLAN, add_night, age, case_of, small_root
 from workers.cohort import volume_key
 from workers.fsck import fsck, repair
@@ -32,7 +33,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Root:
 
 @pytest.fixture
 def root(pristine: Root, tmp_path: Path) -> Root:
-    shutil.copytree(pristine.folder, tmp_path / "root")
+    shutil.copytree(pristine.home, tmp_path / "root")
     return Root(tmp_path / "root")
 
 
@@ -50,7 +51,7 @@ def codes(root: Root, now: datetime = LATER, cohort: str = "") -> list[tuple[str
 
 
 def everything(root: Root) -> dict[str, bytes]:
-    return {p.relative_to(root.folder).as_posix(): p.read_bytes() for p in root.folder.rglob("*") if p.is_file()}
+    return {p.relative_to(root.home).as_posix(): p.read_bytes() for p in root.home.rglob("*") if p.is_file()}
 
 
 def test_a_clean_root_has_no_finding_and_is_left_as_it_is(root: Root) -> None:
@@ -116,7 +117,7 @@ def test_a_fault_in_the_bytes_is_found(root: Root, fault: Callable[[Path], objec
         "weights": ("models/organs/v1", "weights.safetensors"),
         "checkpoint": ("training/organs/v1/checkpoints/000000001", "state.safetensors"),
     }[which]
-    fault(root.path(f"{key}/{file}"))
+    fault(file_of(root, f"{key}/{file}"))
     assert codes(root) == [(key, code) for code in expected]
 
 
@@ -138,8 +139,8 @@ def test_a_fault_in_the_bytes_is_found(root: Root, fault: Callable[[Path], objec
     ],
 )
 def test_a_receipt_that_is_none_stops_nothing(root: Root, content: bytes, code: str) -> None:
-    root.path(f"{result(root)}/{RECEIPT}").write_bytes(content)
-    flip(root.path(f"{volume()}/zarr.json"))
+    file_of(root, f"{result(root)}/{RECEIPT}").write_bytes(content)
+    flip(file_of(root, f"{volume()}/zarr.json"))
     found = codes(root)
     assert (result(root), code) in found
     assert (volume(), "fsck.changed") in found
@@ -147,8 +148,8 @@ def test_a_receipt_that_is_none_stops_nothing(root: Root, content: bytes, code: 
 
 
 def test_a_receipt_that_is_a_folder_is_found(root: Root) -> None:
-    root.path(f"{volume()}/{RECEIPT}").unlink()
-    root.path(f"{volume()}/{RECEIPT}").mkdir()
+    file_of(root, f"{volume()}/{RECEIPT}").unlink()
+    file_of(root, f"{volume()}/{RECEIPT}").mkdir()
     assert codes(root) == [(volume(), "fsck.receipt")]
 
 
@@ -156,15 +157,15 @@ def test_a_file_outside_is_not_read(root: Root, tmp_path: Path) -> None:
     """A hash of any file of the machine would tell whether it holds what one guesses."""
     secret = tmp_path / "secret"
     secret.write_bytes(b"x")
-    root.path(f"{volume()}/zarr.json").unlink()
-    root.path(f"{volume()}/zarr.json").symlink_to(secret)
+    file_of(root, f"{volume()}/zarr.json").unlink()
+    file_of(root, f"{volume()}/zarr.json").symlink_to(secret)
     checkup = fsck(root, NOW)
     assert [(f.key, f.code) for f in checkup.findings] == [(volume(), "fsck.link"), (volume(), "fsck.missing")]
 
 
 def test_a_link_in_place_of_a_folder_is_found_and_not_repaired(root: Root, tmp_path: Path) -> None:
-    root.path(volume()).rename(tmp_path / "moved")
-    root.path(volume()).symlink_to(tmp_path / "moved")
+    file_of(root, volume()).rename(tmp_path / "moved")
+    file_of(root, volume()).symlink_to(tmp_path / "moved")
     findings = fsck(root, LATER).findings
     assert [(f.key, f.code) for f in findings] == [(volume(), "fsck.link")]
     assert [f.done for f in repair(root, findings, LATER)] == [""]
@@ -176,17 +177,17 @@ def test_a_link_in_place_of_a_folder_is_found_and_not_repaired(root: Root, tmp_p
 
 def test_files_without_a_receipt_are_orphans_when_they_are_old(root: Root) -> None:
     key = result(root)
-    root.path(f"{key}/{RECEIPT}").unlink()
+    file_of(root, f"{key}/{RECEIPT}").unlink()
     rows = f"reports/{COHORT}/{STARTED:%Y-%m-%d_%H%M%S}.parquet"
     assert codes(root, NOW + timedelta(hours=23)) == [(rows, "fsck.no-result")]
     assert codes(root, NOW + timedelta(hours=25)) == [(rows, "fsck.no-result"), (key, "fsck.orphan")]
-    os.utime(root.path(f"{key}/mask.nii.gz"), ((LATER.timestamp(),) * 2))
+    os.utime(file_of(root, f"{key}/mask.nii.gz"), ((LATER.timestamp(),) * 2))
     assert codes(root, LATER) == [(rows, "fsck.no-result")], "one young file may be a run at work"
 
 
 @pytest.mark.parametrize("folder", ["", "nights/liver/", "volumes/", "results/liver/a/"])
 def test_half_written_files_are_found_when_they_are_old(root: Root, folder: str) -> None:
-    (root.folder / f"{folder}.put-abc").write_bytes(b"half")
+    (root.home / f"{folder}.put-abc").write_bytes(b"half")
     assert codes(root, NOW) == []
     assert codes(root, LATER) == [(f"{folder}.put-abc", "fsck.leftover")]
 
@@ -196,15 +197,15 @@ def test_half_written_files_are_found_when_they_are_old(root: Root, folder: str)
 
 def test_an_entry_without_its_private_part_is_found(root: Root) -> None:
     key = f"cohorts/{COHORT}/cases/a.json"
-    (root.folder / "private" / key).unlink()
-    (root.folder / "private" / f"cohorts/{COHORT}/cohort.json").unlink()
+    (root.home / "private" / key).unlink()
+    (root.home / "private" / f"cohorts/{COHORT}/cohort.json").unlink()
     assert codes(root) == [(key, "fsck.no-private"), (f"cohorts/{COHORT}/cohort.json", "fsck.no-private")]
 
 
 def test_a_private_folder_that_is_not_mounted_is_one_finding_and_not_made(root: Root) -> None:
-    shutil.rmtree(root.folder / "private")
+    shutil.rmtree(root.home / "private")
     assert codes(root) == [("cohorts", "fsck.no-private")]
-    assert not (root.folder / "private").exists()
+    assert not (root.home / "private").exists()
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"case": {}, "verdict": 1, "fingerprint": null}', b"null"])
@@ -238,7 +239,7 @@ def test_a_record_that_is_none_is_found(root: Root, content: bytes) -> None:
 
 @pytest.mark.parametrize("fault", [flip, cut, lambda path: path.write_bytes(b"")], ids=["flipped", "cut", "emptied"])
 def test_rows_that_cannot_be_read_are_found(root: Root, fault: Callable[[Path], object]) -> None:
-    path = root.path(f"reports/{COHORT}/{NIGHT}.parquet")
+    path = file_of(root, f"reports/{COHORT}/{NIGHT}.parquet")
     content = bytearray(path.read_bytes())
     content[-20:] = bytes(20)
     path.write_bytes(content)
@@ -255,7 +256,7 @@ def test_rows_whose_results_are_missing_are_one_finding_of_the_night(root: Root)
 
 
 def test_an_alias_that_points_to_nothing_is_found(root: Root) -> None:
-    shutil.copytree(root.path("models/organs/v1"), root.path("models/organs/v2"))
+    shutil.copytree(file_of(root, "models/organs/v1"), file_of(root, "models/organs/v2"))
     challenge(root, "organs", "v2", "Ada")
     assert codes(root) == []
     root.delete("models/organs/v2")
@@ -278,10 +279,10 @@ def test_a_cohort_is_checked_with_the_volumes_and_models_of_its_results(root: Ro
     root.put("nights/other/x.json", b"")
     root.put("volumes/unused/zarr.json", b"{}")
     root.seal("volumes/unused", {})
-    flip(root.path("volumes/unused/zarr.json"))
+    flip(file_of(root, "volumes/unused/zarr.json"))
     assert codes(root, NOW, cohort=COHORT) == []
     assert fsck(root, NOW, COHORT).objects == 2 + 2 + 1
-    flip(root.path(f"{volume()}/zarr.json"))
+    flip(file_of(root, f"{volume()}/zarr.json"))
     assert codes(root, NOW, cohort=COHORT) == [(volume(), "fsck.changed")]
 
 
@@ -291,8 +292,8 @@ def test_a_cohort_is_checked_with_the_volumes_and_models_of_its_results(root: Ro
 def test_repair_takes_away_damaged_volumes_and_results_and_nothing_else(root: Root) -> None:
     faulty = [f"{result(root)}/mask.nii.gz", f"{volume()}/zarr.json", "models/organs/v1/weights.safetensors"]
     for file in faulty:
-        flip(root.path(file))
-    (root.folder / "nights" / COHORT / f"{NIGHT}.json").write_bytes(b"")
+        flip(file_of(root, file))
+    (root.home / "nights" / COHORT / f"{NIGHT}.json").write_bytes(b"")
     root.put("decisions/liver/a/1.json", b"{")
     root.put(f"{result(root, 'b')}/note.txt", b"of a person")
     before, mask = everything(root), result(root)
@@ -313,7 +314,7 @@ def test_repair_takes_away_damaged_volumes_and_results_and_nothing_else(root: Ro
 @pytest.mark.parametrize("why", ["case gone", "other bytes", "model gone"])
 def test_a_damaged_result_that_cannot_be_made_again_stays(root: Root, why: str) -> None:
     key = result(root)
-    flip(root.path(f"{key}/mask.nii.gz"))
+    flip(file_of(root, f"{key}/mask.nii.gz"))
     entry = f"cohorts/{COHORT}/cases/a.json"
     if why == "case gone":
         root.delete(entry)
@@ -326,24 +327,24 @@ def test_a_damaged_result_that_cannot_be_made_again_stays(root: Root, why: str) 
     findings = [f for f in fsck(root, LATER).findings if f.key == key]
     assert [f.code for f in findings] == ["fsck.changed"]
     assert [f.done for f in repair(root, findings, LATER)] == [""]
-    assert root.path(f"{key}/{RECEIPT}").exists()
+    assert file_of(root, f"{key}/{RECEIPT}").exists()
 
 
 def test_a_result_with_a_broken_receipt_is_repaired_by_what_its_report_says(root: Root) -> None:
     key = result(root)
-    root.path(f"{key}/{RECEIPT}").write_bytes(b"{")
+    file_of(root, f"{key}/{RECEIPT}").write_bytes(b"{")
     assert [f.done != "" for f in repair(root, fsck(root, LATER).findings, LATER)] == [True]
-    assert not root.path(key).exists()
+    assert not file_of(root, key).exists()
 
 
 def test_orphans_are_repaired_and_what_has_healed_meanwhile_is_not_touched(root: Root) -> None:
-    root.path(f"{volume()}/{RECEIPT}").rename(root.folder / "kept")
+    file_of(root, f"{volume()}/{RECEIPT}").rename(root.home / "kept")
     findings = fsck(root, LATER).findings
     assert [(f.key, f.code) for f in findings] == [(volume(), "fsck.orphan")]
-    (root.folder / "kept").rename(root.path(f"{volume()}/{RECEIPT}"))
+    (root.home / "kept").rename(file_of(root, f"{volume()}/{RECEIPT}"))
     assert [f.done for f in repair(root, findings, LATER)] == ["nothing left to do"]
     assert root.damaged(volume()) == []
-    root.path(f"{volume()}/{RECEIPT}").unlink()
+    file_of(root, f"{volume()}/{RECEIPT}").unlink()
     age(root, volume(), NOW)
     assert "removed" in repair(root, fsck(root, LATER).findings, LATER)[0].done
-    assert not root.path(volume()).exists()
+    assert not file_of(root, volume()).exists()

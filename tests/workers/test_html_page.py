@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from flows.pages import _html
+from tests.files import file_of
 from tests.flows.browser import EXECUTABLES, FLAGS
 from tests.workers.night_of_phantoms import blank, labelled, new_root, night_of, segmented
 from vnet_core.phantoms import PhantomSpec
@@ -260,7 +261,7 @@ def test_a_scan_with_burnt_in_text_has_neither_picture_nor_viewer(tmp_path):
 def test_a_damaged_mask_has_no_viewer_and_the_page_still_comes(tmp_path):
     root = new_root(tmp_path)
     rows = segmented(root, "a", SMALL) + segmented(root, "b", SMALL)
-    chunk = root.path("results/liver/a/x/mask.ome.zarr/0/c/0/0/0")
+    chunk = file_of(root, "results/liver/a/x/mask.ome.zarr/0/c/0/0/0")
     whole = chunk.read_bytes()
     for content in (whole[: len(whole) // 2], bytes(byte ^ 1 for byte in whole), b""):
         chunk.write_bytes(content)

@@ -131,7 +131,7 @@ def test_a_file_name_that_is_no_text_has_a_pseudonym(tmp_path):
 
 def test_a_secret_is_made_at_first_use_for_its_owner_alone(root):
     made = Pseudonyms.of(root)
-    secret = root.folder / "private" / "secret"
+    secret = root.home / "private" / "secret"
     assert made.case("liver") == "liver"
     assert not secret.exists()
     first = made.series("CT", "1.2")
@@ -197,7 +197,7 @@ def test_the_section_is_kept_in_the_root_with_absolute_paths(root, tmp_path, mon
     made = Pseudonyms.of(Root(root.url))
     assert made.case("DOE").startswith("case-")
     assert (tmp_path / "keys" / "secret").is_file()
-    assert mode(private_root(root).folder) == 0o700
+    assert mode(private_root(root).home) == 0o700
 
 
 def test_a_section_that_is_no_longer_whole_is_named(root):
@@ -243,7 +243,7 @@ def test_paths_are_in_the_private_folder_alone(root, tmp_path):
     cohort = Cohort("liver", ("/scans/DOE_JOHN",), ("image",), (Label(value=1, name="liver"),))
     save_cohort(root, cohort)
     save_entry(root, "liver", ENTRY)
-    public, private = written_in(root.folder), written_in(tmp_path / "hidden")
+    public, private = written_in(root.home), written_in(tmp_path / "hidden")
     assert set(private) == {"cohorts/liver/cohort.json", "cohorts/liver/cases/case-1.json"}
     assert set(public) == {*private, "identity.json"}
     assert not any("DOE" in text or "stamp" in text for text in public.values())
@@ -259,7 +259,7 @@ def test_private_files_and_folders_are_for_their_owner(root):
         save_entry(root, "liver", ENTRY)
     finally:
         os.umask(before)
-    folder = root.folder / "private"
+    folder = root.home / "private"
     assert {mode(path) for path in (folder, *folder.rglob("*")) if path.is_dir()} == {0o700}
     assert {mode(path) for path in folder.rglob("*") if path.is_file()} == {0o600}
 
@@ -268,12 +268,12 @@ def test_a_missing_private_part_is_named_with_what_helps(root):
     save_cohort(root, Cohort("liver", ("/scans",), ("image",), ()))
     save_entry(root, "liver", ENTRY)
     assert known_entry(root, "liver", "case-1") == ENTRY
-    (root.folder / "private").rename(root.folder / "elsewhere")
+    (root.home / "private").rename(root.home / "elsewhere")
     for load in (lambda: load_entry(root, "liver", "case-1"), lambda: load_cohort(root, "liver")):
         with pytest.raises(StorageError, match="run vnet ingest") as caught:
             load()
         assert caught.value.code == "identity.no-private"
-        assert str(root.folder / "private") in caught.value.message
+        assert str(root.home / "private") in caught.value.message
     assert known_entry(root, "liver", "case-1") is None
     assert known_entry(root, "liver", "case-2") is None
 
@@ -282,5 +282,5 @@ def test_a_forgotten_case_is_forgotten_in_both(root):
     save_entry(root, "liver", ENTRY)
     save_entry(root, "liver", replace(ENTRY, case=replace(CASE, id="case-2")))
     remove_entry(root, "liver", "case-1")
-    assert [path.name for path in root.folder.rglob("*.json")] == ["case-2.json", "case-2.json"]
+    assert [path.name for path in root.home.rglob("*.json")] == ["case-2.json", "case-2.json"]
     assert known_entry(root, "liver", "case-1") is None

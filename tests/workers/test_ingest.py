@@ -15,6 +15,7 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 
+from tests.files import file_of
 from tests.workers.test_discover import segmentation, write_series
 from vnet_core.codes import CODES, tally
 from vnet_core.errors import ConfigError
@@ -391,8 +392,8 @@ def test_a_bad_archive_is_one_refused_case(root, tmp_path):
     (tmp_path / "torn.zip").write_bytes(b"PK\x03\x04 and no end")
     outcomes = run(root, tmp_path / "torn.zip", tmp_path / "a.nii.gz")
     assert verdicts(outcomes) == {"a": ("accepted",), "torn": ("refused", "archive.damaged")}
-    assert not private_root(root).path("archives").exists() or not any(
-        private_root(root).path("archives").rglob("*.nii.gz")
+    assert not (private_root(root).home / "archives").exists() or not any(
+        (private_root(root).home / "archives").rglob("*.nii.gz")
     )
 
 
@@ -400,8 +401,8 @@ def test_a_storage_root_inside_its_source_is_no_source(tmp_path):
     scan(tmp_path / "a.nii.gz")
     write_series(tmp_path / "ct")
     root = Root(tmp_path / "vnet-data")
-    scan(root.path("results/mask.nii.gz"), 7)
-    write_series(root.path("archives/old"), series="1.2.826.0.1.9")
+    scan(file_of(root, "results/mask.nii.gz"), 7)
+    write_series(file_of(root, "archives/old"), series="1.2.826.0.1.9")
     outcomes = run(root, tmp_path)
     assert sorted(case.partition("-")[0] for case in outcomes) == ["CT", "a"]
     assert load_cohort(root, "c").set_aside == {}

@@ -132,7 +132,7 @@ def claim_and_wait(folder: str, ready: "multiprocessing.synchronize.Event") -> N
 def test_a_killed_process_leaves_a_claim_that_the_next_run_takes_over_at_once(root: Root) -> None:
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
-    process = context.Process(target=claim_and_wait, args=(str(root.folder), ready))
+    process = context.Process(target=claim_and_wait, args=(str(root.home), ready))
     process.start()
     assert ready.wait(60)
     with run(root) as own:

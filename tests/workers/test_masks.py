@@ -10,6 +10,7 @@ import pydicom
 import pytest
 import safetensors.torch
 
+from tests.files import file_of
 from tests.workers.dicom.series_maker import attributes, voxels_of, write_series
 from tests.workers.known_model import SHARPNESS, known_network, known_plan
 from vnet_core.errors import ConfigError, ScanError, StorageError
@@ -77,7 +78,7 @@ def mask_of(case: Case, mask_format: str = "nifti", values: np.ndarray | None = 
 
 
 def read(root: Root, key: str, case: Case, labels=()) -> np.ndarray:
-    path = root.path(f"{key}/{load_report(root, key)['mask']}")
+    path = file_of(root, f"{key}/{load_report(root, key)['mask']}")
     return read_label(path, case.geometry, labels or [Label(**label) for label in LABELS]).labels
 
 
@@ -90,7 +91,7 @@ def test_every_format_of_a_series_holds_the_mask(root, tmp_path, mask_format, va
     case = series(tmp_path / "series")
     publish_mask(root, "r/k", mask_of(case, mask_format, values))
     np.testing.assert_array_equal(read(root, "r/k", case), values)
-    np.testing.assert_array_equal(read_label(root.path("r/k/mask.ome.zarr")).labels, values)
+    np.testing.assert_array_equal(read_label(file_of(root, "r/k/mask.ome.zarr")).labels, values)
     expected = {mask_file(mask_format), "mask.ome.zarr", "report.json", "qc.png", "receipt.json"}
     assert set(root.names("r/k")) == expected
     report = load_report(root, "r/k")
@@ -130,9 +131,9 @@ def test_publishing_again_gives_the_same_bytes(root, tmp_path, mask_format):
     case = series(tmp_path / "series")
     for key in ("one", "two"):
         publish_mask(root, key, mask_of(case, mask_format))
-    for path in sorted(root.path("one").rglob("*")):
+    for path in sorted(file_of(root, "one").rglob("*")):
         if path.is_file() and path.name != "receipt.json":
-            twin = root.path("two") / path.relative_to(root.path("one"))
+            twin = file_of(root, "two") / path.relative_to(file_of(root, "one"))
             assert path.read_bytes() == twin.read_bytes(), path.name
 
 
@@ -141,11 +142,11 @@ def test_only_dicom_formats_name_the_patient(root, tmp_path):
     naming = set()
     for mask_format in FORMATS:
         publish_mask(root, mask_format, mask_of(case, mask_format))
-        for path in root.path(mask_format).rglob("*"):
+        for path in file_of(root, mask_format).rglob("*"):
             if path.is_file() and b"canary" in path.read_bytes().lower():
                 naming.add(path.name)
     assert naming == {"mask.seg.dcm", "mask.rtstruct.dcm"}
-    data = pydicom.dcmread(root.path("dicom-seg/mask.seg.dcm"))
+    data = pydicom.dcmread(file_of(root, "dicom-seg/mask.seg.dcm"))
     assert data.SegmentSequence[0].SegmentAlgorithmName == "organs@3"
 
 
@@ -178,7 +179,7 @@ def test_masks_are_written_with_the_values_of_the_output_and_reported_with_those
     expected = np.array([0, 7, 7, 0, 3])[values_of()]
     labels = [Label(value=3, name="left kidney"), Label(value=7, name="liver+tumour")]
     np.testing.assert_array_equal(read(root, "k", case, labels), expected)
-    np.testing.assert_array_equal(read_label(root.path("k/mask.ome.zarr")).labels, expected)
+    np.testing.assert_array_equal(read_label(file_of(root, "k/mask.ome.zarr")).labels, expected)
     rows = load_report(root, "k")["labels"]
     assert [(row["label"], row["voxels"]) for row in rows] == [(1, 12), (2, 12), (4, 1)]
     ome = json.loads(root.get("k/mask.ome.zarr/zarr.json"))["attributes"]["ome"]["image-label"]["properties"]

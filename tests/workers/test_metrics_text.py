@@ -72,7 +72,7 @@ def test_the_newest_night_by_hand(root: Root) -> None:
 
 def test_an_empty_root_has_figures_of_its_disk_alone(root: Root) -> None:
     assert {key[0] for key in samples(metrics_text(root))} == {"vnet_storage_free_bytes", "vnet_storage_size_bytes"}
-    assert samples(metrics_text(Root(root.folder / "none"))) == {}
+    assert samples(metrics_text(Root(root.home / "none"))) == {}
 
 
 def test_the_last_success_is_that_of_an_earlier_night_when_the_newest_has_no_result(root: Root) -> None:

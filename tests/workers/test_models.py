@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.files import file_of
 from vnet_core.errors import ConfigError, StorageError
 from vnet_core.networks.vnet import build_vnet, initialise
 from vnet_core.plan import Label, Plan
@@ -145,7 +146,7 @@ def test_a_name_that_is_no_folder_is_refused(root, name):
 def test_a_version_without_receipt_does_not_exist(root):
     published(root, "v1")
     published(root, "v2")
-    root.path(f"models/liver/v2/{RECEIPT}").unlink()
+    file_of(root, f"models/liver/v2/{RECEIPT}").unlink()
     assert versions(root, "liver") == ["v1"]
     assert load_model(root, "liver").version == "v1"
     assert error_of(ConfigError, root, "liver@v2")[0] == "model.version"
@@ -168,7 +169,7 @@ def test_the_next_version_is_after_every_one_that_was_begun(root):
 @pytest.mark.parametrize("file", ["weights.safetensors", "model.json", "loss.png"])
 def test_a_changed_file_is_named_and_nothing_is_loaded(root, file):
     published(root)
-    path = root.path(f"models/liver/v1/{file}")
+    path = file_of(root, f"models/liver/v1/{file}")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -180,7 +181,7 @@ def test_a_changed_file_is_named_and_nothing_is_loaded(root, file):
 
 def test_lost_weights_are_named(root):
     published(root)
-    root.path("models/liver/v1/weights.safetensors").unlink()
+    file_of(root, "models/liver/v1/weights.safetensors").unlink()
     code, message = error_of(StorageError, root, "liver@v1")
     assert code == "model.damaged"
     assert "weights.safetensors" in message

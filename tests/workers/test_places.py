@@ -146,9 +146,14 @@ def test_files_and_folders_go_both_ways(root):
 
 def test_a_block_that_fails_stores_nothing_in_a_bucket(writable_store):
     root = Root(writable_store.new_root())
-    with pytest.raises(RuntimeError), root.written("r/file") as path:
-        path.write_bytes(b"half")
-        raise RuntimeError
+
+    def half() -> None:
+        with root.written("r/file") as path:
+            path.write_bytes(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
     assert not root.exists("r")
 
 

@@ -7,6 +7,7 @@ import duckdb
 import pyarrow as pa
 import pytest
 
+from tests.files import file_of
 from tests.workers.nights_of_rows import organ, put_night, refused
 from vnet_core.errors import ConfigError
 from workers import tables
@@ -50,7 +51,7 @@ def test_the_chosen_cohorts_and_nights_are_all_there_is(root: Root) -> None:
     assert ask(root, count, cohorts=("liver",)) == [(5,)]
     assert ask(root, count, cohorts=("liver",), nights=1) == [(2,)]
     assert ask(root, "SELECT count(*) FROM nights", last="2026-01-30") == [(1,)]
-    other = root.path(f"reports/lung/{FIRST}.parquet")
+    other = file_of(root, f"reports/lung/{FIRST}.parquet")
     with pytest.raises(ConfigError, match="Cannot access file"):
         query(root, Query(cohorts=("liver",), sql=f"FROM read_parquet('{other}')"))
 
@@ -143,7 +144,7 @@ def test_the_limit_holds_for_sql_too(root: Root) -> None:
     ],
 )
 def test_a_text_reaches_nothing_else_and_changes_nothing(root: Root, tmp_path: Path, sql: str, says: str) -> None:
-    secret, out, report = tmp_path / "secret.csv", tmp_path / "out", root.path(f"reports/liver/{FIRST}.parquet")
+    secret, out, report = tmp_path / "secret.csv", tmp_path / "out", file_of(root, f"reports/liver/{FIRST}.parquet")
     secret.write_text(SECRET)
     precious = pa.table({"x": [SECRET]})
     before = report.read_bytes()
@@ -178,7 +179,7 @@ def test_a_text_reaches_nothing_else_and_changes_nothing(root: Root, tmp_path: P
 def test_the_connection_itself_is_locked_too(root: Root, tmp_path: Path, statement: str) -> None:
     key = f"reports/liver/{FIRST}.parquet"
     before = root.get(key)
-    text = statement.format(out=tmp_path / "out", secret=tmp_path / "secret", report=root.path(key))
+    text = statement.format(out=tmp_path / "out", secret=tmp_path / "secret", report=file_of(root, key))
     with open_tables(root, [key]) as connection, pytest.raises(duckdb.Error):
         connection.execute(text)
     assert root.get(key) == before

@@ -167,7 +167,7 @@ def test_promoting_the_champion_again_is_noted_and_leaves_one_way_back(root):
 def test_before_the_first_champion_was_the_newest_other_version(root):
     promote(root, "liver", "v3", "Ada", "")
     assert rollback(root, "liver", "Ada") == "v2"
-    other = Root(root.folder / "other")
+    other = Root(root.home / "other")
     finish(other, "v1")
     assert promote(other, "liver", "v1", "Ada", "").before == ""
     assert refused(rollback, other, "liver", "Ada")[0] == "model.rollback"

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import save as weights
 
+from tests.files import file_of
 from tests.workers.known_model import known_network, known_plan
 from vnet_core.errors import ConfigError
 from vnet_core.geometry import Geometry
@@ -102,7 +103,7 @@ def flags_of(rows: list[dict]) -> dict[str, str]:
 
 def files(root: Root) -> dict[str, bytes]:
     return {
-        p.relative_to(root.folder).as_posix(): p.read_bytes() for p in root.path("results").rglob("*") if p.is_file()
+        p.relative_to(root.home).as_posix(): p.read_bytes() for p in file_of(root, "results").rglob("*") if p.is_file()
     }
 
 
@@ -125,7 +126,7 @@ def test_a_region_is_a_row_after_the_labels(root: Root) -> None:
         ("b", None, None, None),
     ]
     assert (rows[2]["voxels"], rows[2]["slice_first"], rows[2]["slice_last"], rows[2]["components"]) == (12, 1, 3, 1)
-    table = pq.read_table(root.path("reports/glioma/2026-11-22_010000.parquet"))
+    table = pq.read_table(file_of(root, "reports/glioma/2026-11-22_010000.parquet"))
     assert table.schema.equals(SCHEMA)
     assert table.to_pylist() == rows
 
@@ -202,8 +203,8 @@ def test_rows_are_made_anew_when_settings_changed_or_the_table_is_of_an_older_ve
     save_reporting(root, "glioma", Reporting())
     assert flags_of(write_night(root, SECOND, [cached(outcome)], entries)) == {"a": "drift"}
 
-    old = pq.read_table(root.path(f"reports/glioma/{SECOND.id}.parquet")).select(SCHEMA.names[:30])
-    pq.write_table(old.replace_schema_metadata(None), root.path(f"reports/glioma/{SECOND.id}.parquet"))
+    old = pq.read_table(file_of(root, f"reports/glioma/{SECOND.id}.parquet")).select(SCHEMA.names[:30])
+    pq.write_table(old.replace_schema_metadata(None), file_of(root, f"reports/glioma/{SECOND.id}.parquet"))
     assert to_rows(old)[0]["review"] is None
     (row,) = write_night(root, night(1), [cached(outcome)], entries)
     assert (row["finished"], row["first_night"], row["change_ml"]) == ("2026-11-22T01:02:03+00:00", SECOND.id, 0.0)
@@ -344,9 +345,11 @@ def test_flagged_cases_of_a_gated_night_await_a_decision(root: Root) -> None:
         ("", "", ""),
         ("", "", ""),
     ]
-    written = root.path(f"reports/glioma/{gated.id}.parquet").stat().st_mtime_ns
+    written = file_of(root, f"reports/glioma/{gated.id}.parquet").stat().st_mtime_ns
     refresh_review(root, "glioma", gated.id)
-    assert root.path(f"reports/glioma/{gated.id}.parquet").stat().st_mtime_ns == written, "nothing new, nothing written"
+    assert file_of(root, f"reports/glioma/{gated.id}.parquet").stat().st_mtime_ns == written, (
+        "nothing new, nothing written"
+    )
     assert write_night(root, night(3), outcomes, entries)[0]["review"] == "rejected"
 
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.files import file_of
 from tests.workers.small_root import (
     COHORT,
     PLAN,
@@ -73,7 +74,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Root:
 
 @pytest.fixture
 def root(pristine: Root, tmp_path: Path) -> Root:
-    shutil.copytree(pristine.folder, tmp_path / "root")
+    shutil.copytree(pristine.home, tmp_path / "root")
     return Root(tmp_path / "root")
 
 
@@ -86,7 +87,7 @@ def result(root: Root, case: str, version: str) -> str:
 
 
 def everything(root: Root) -> set[str]:
-    return {p.relative_to(root.folder).as_posix() for p in root.folder.rglob("*") if p.is_file()}
+    return {p.relative_to(root.home).as_posix() for p in root.home.rglob("*") if p.is_file()}
 
 
 # --- rules
@@ -106,7 +107,7 @@ def test_old_nights_go_and_the_newest_stays(root: Root) -> None:
     )
     assert len(spares(root, Retention(nights_days=1), NOW)) == 3
     assert len(spares(root, Retention(nights_days=1), NOW + timedelta(days=10_000))) == 3
-    before, sizes = everything(root), {name: root.path(name).stat().st_size for name in everything(root)}
+    before, sizes = everything(root), {name: file_of(root, name).stat().st_size for name in everything(root)}
     removed = collect(root, found)
     assert removed == found
     gone = before - everything(root)
@@ -145,7 +146,7 @@ def test_a_result_in_another_format_is_used_by_the_next_night_too(root: Root) ->
 def test_a_result_that_was_compared_stays_as_long_as_its_night(root: Root) -> None:
     key = result(root, "gone", "v1")
     table = pa.table({"champion_key": pa.array([None], pa.string()), "challenger_key": [key]})
-    pq.write_table(table, root.path(f"reports/{COHORT}/shadow"))
+    pq.write_table(table, file_of(root, f"reports/{COHORT}/shadow"))
     root.put(f"shadows/{COHORT}/{night_of(30)}.parquet", root.get(f"reports/{COHORT}/shadow"))
     rules = Retention(nights_days=31, results_days=1)
     assert [s.key for s in spares(root, rules, NOW) if s.kind == "result"] == [result(root, "a", "v1")]
@@ -162,7 +163,7 @@ def test_a_result_that_somebody_has_decided_about_stays(root: Root) -> None:
 
 def test_what_is_young_stays(root: Root) -> None:
     key = result(root, "gone", "v1")
-    os.utime(root.path(f"{key}/{RECEIPT}"), (ago(1.5).timestamp(),) * 2)
+    os.utime(file_of(root, f"{key}/{RECEIPT}"), (ago(1.5).timestamp(),) * 2)
     assert key in {s.key for s in spares(root, STRICT, NOW)}
     longer = STRICT.model_copy(update={"grace_hours": 48.0})
     assert key not in {s.key for s in spares(root, longer, NOW)}
@@ -191,14 +192,14 @@ def test_checkpoints_of_finished_trainings_go(root: Root) -> None:
 
 
 def test_archives_go_that_no_cohort_names(root: Root, tmp_path: Path) -> None:
-    private = Root(root.folder / "private")
+    private = Root(root.home / "private")
     for name in ("used", "unused"):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.txt").write_text(name)
         shutil.make_archive(str(tmp_path / name), "zip", tmp_path / name)
         unpacked(private, tmp_path / f"{name}.zip")
     used, unused = sorted(
-        private.names("archives"), key=lambda n: not list(private.path(f"archives/{n}").rglob("used*"))
+        private.names("archives"), key=lambda n: not list(file_of(private, f"archives/{n}").rglob("used*"))
     )
     cohort = root.get_json(f"cohorts/{COHORT}/cohort.json")
     root.put_json(f"cohorts/{COHORT}/cohort.json", cohort | {"archives": [f"archives/{used}"]})
@@ -211,14 +212,14 @@ def test_archives_go_that_no_cohort_names(root: Root, tmp_path: Path) -> None:
 
 def test_what_died_runs_left_goes_without_a_rule(root: Root) -> None:
     root.put("results/liver/c/unfinished/mask.nii.gz", b"half")
-    (root.folder / "nights/liver/.put-abc").write_bytes(b"half")
-    (root.folder / "private/archives/x/.unpacking-y").mkdir(parents=True)
+    (root.home / "nights/liver/.put-abc").write_bytes(b"half")
+    (root.home / "private/archives/x/.unpacking-y").mkdir(parents=True)
     process = psutil.Process()
     dead = {"host": socket.gethostname(), "pid": process.pid, "born": 0.0, "beat": NOW.isoformat()}
     root.put_json("runs/dead.json", dead)
     root.put_json("leases/work-00000001.json", {"run": "dead"})
-    shutil.copytree(root.path("models/organs/v1"), root.path("models/organs/v9"))
-    root.path(f"models/organs/v9/{RECEIPT}").unlink()
+    shutil.copytree(file_of(root, "models/organs/v1"), file_of(root, "models/organs/v9"))
+    file_of(root, f"models/organs/v9/{RECEIPT}").unlink()
     for prefix in ("results", "nights", "private", "runs", "leases", "models"):
         age(root, prefix, ago(0.9))
     assert spares(root, KEEP_EVERYTHING, NOW) == []
@@ -232,8 +233,8 @@ def test_what_died_runs_left_goes_without_a_rule(root: Root) -> None:
         "runs/dead.json",
         "leases/work-00000001.json",
     }
-    assert not (root.folder / "private/archives/x").exists()
-    assert not (root.folder / "results/liver/c").exists()
+    assert not (root.home / "private/archives/x").exists()
+    assert not (root.home / "results/liver/c").exists()
 
 
 # --- care
@@ -291,7 +292,7 @@ def test_whatever_the_rules_every_result_of_a_kept_night_still_verifies(
 ) -> None:
     """Also when the first of two collections is killed half way."""
     shutil.rmtree(tmp_path / "root", ignore_errors=True)
-    shutil.copytree(pristine.folder, tmp_path / "root")
+    shutil.copytree(pristine.home, tmp_path / "root")
     root = Root(tmp_path / "root")
     collect(root, spares(root, first, NOW)[:stop])
     collect(root, spares(root, second, NOW + timedelta(days=days)))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.files import file_of
 from vnet_core.errors import ConfigError, StorageError
 from workers.folders import raise_if_full
 from workers.store import RECEIPT, Root, file_digest
@@ -64,13 +65,13 @@ def everything_under(folder: Path) -> list[str]:
 
 def test_a_root_is_a_folder_or_a_file_url(tmp_path, monkeypatch):
     folder = tmp_path / "with space and é"
-    assert Root(str(folder)).folder == folder
-    assert Root(Root(folder).url).folder == folder
+    assert Root(str(folder)).home == folder
+    assert Root(Root(folder).url).home == folder
     assert Root(folder).url.startswith("file:///")
     monkeypatch.chdir(tmp_path)
-    assert Root("data").folder == tmp_path / "data"
+    assert Root("data").home == tmp_path / "data"
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert Root("~/data").folder == tmp_path / "data"
+    assert Root("~/data").home == tmp_path / "data"
     assert not folder.exists(), "nothing is created before the first write"
 
 
@@ -108,7 +109,7 @@ def test_keys_that_could_leave_the_root_are_refused(root, key, call):
     with pytest.raises(StorageError) as caught:
         getattr(root, call)(*arguments)
     assert caught.value.code == "store.key"
-    assert everything_under(root.folder.parent) == ["root/x"]
+    assert everything_under(root.home.parent) == ["root/x"]
 
 
 # --- objects
@@ -118,7 +119,7 @@ def test_what_is_put_is_got(root):
     for content in (b"", b"\0\xff" * 1000, b"second"):
         root.put("a/b.c/d-e_f@g+h=i", content)
         assert root.get("a/b.c/d-e_f@g+h=i") == content
-    assert everything_under(root.folder) == ["a/b.c/d-e_f@g+h=i"]
+    assert everything_under(root.home) == ["a/b.c/d-e_f@g+h=i"]
 
 
 def test_a_missing_object_is_named(root):
@@ -148,7 +149,7 @@ def test_broken_json_is_named_as_damage(root, content):
 def test_names_are_sorted_and_leave_out_what_is_unfinished(root):
     for name in ("b", "a", "c/d"):
         root.put(f"x/{name}", b"")
-    (root.folder / "x" / ".put-half").write_bytes(b"")
+    (root.home / "x" / ".put-half").write_bytes(b"")
     assert root.names("x") == ["a", "b", "c"]
     assert root.names("nothing") == []
     assert root.names("x/a") == []
@@ -159,7 +160,7 @@ def test_delete_takes_objects_and_whole_prefixes(root):
         root.put(key, b"")
     root.delete("a")
     root.delete("never/there")
-    assert everything_under(root.folder) == ["c"]
+    assert everything_under(root.home) == ["c"]
     root.delete("c")
     assert not root.exists("c")
 
@@ -172,7 +173,7 @@ def test_a_failed_put_leaves_the_old_content_and_no_temporary_file(root):
     with files_of_at_most(4096), pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
         root.put("a/x", bytes(100_000))
     assert root.get("a/x") == b"old"
-    assert everything_under(root.folder) == ["a/x"]
+    assert everything_under(root.home) == ["a/x"]
     root.put("a/x", b"new")
     assert root.get("a/x") == b"new"
 
@@ -181,7 +182,7 @@ def test_a_put_over_a_folder_leaves_the_folder(root):
     root.put("a/x/y", b"old")
     with pytest.raises(IsADirectoryError):
         root.put("a/x", b"new")
-    assert everything_under(root.folder) == ["a/x/y"]
+    assert everything_under(root.home) == ["a/x/y"]
 
 
 def test_a_full_disk_is_told_and_keeps_what_it_held(tmp_path):
@@ -190,20 +191,20 @@ def test_a_full_disk_is_told_and_keeps_what_it_held(tmp_path):
         with pytest.raises(StorageError) as caught:
             root.put("a/x", bytes(200_000))
         assert caught.value.code == "store.full"
-        assert str(root.folder) in str(caught.value)
+        assert str(root.home) in str(caught.value)
         assert isinstance(caught.value.__cause__, OSError)
         assert caught.value.__cause__.errno == errno.ENOSPC
         assert root.get("a/x") == b"old" * 100
-        assert everything_under(root.folder) == ["a/x"]
+        assert everything_under(root.home) == ["a/x"]
         root.put("b", b"fits")
 
 
 def test_a_disk_without_room_for_the_root_itself_is_full_too(tmp_path):
     with tmpfs(tmp_path / "small", "size=64k,nr_inodes=3") as parent:
         for name in ("a", "b"):
-            (parent.folder / name).mkdir()
+            (parent.home / name).mkdir()
         with pytest.raises(StorageError) as caught:
-            Root(parent.folder / "root").put("x", b"x")
+            Root(parent.home / "root").put("x", b"x")
         assert caught.value.code == "store.full"
 
 
@@ -218,7 +219,7 @@ def test_only_a_full_disk_is_called_full(tmp_path):
 
 def test_probe_leaves_nothing_behind(root):
     root.probe()
-    assert everything_under(root.folder) == []
+    assert everything_under(root.home) == []
 
 
 def test_probe_finds_a_root_under_a_file(tmp_path):
@@ -227,7 +228,7 @@ def test_probe_finds_a_root_under_a_file(tmp_path):
     with pytest.raises(StorageError) as caught:
         root.probe()
     assert caught.value.code == "store.unwritable"
-    assert str(root.folder) in str(caught.value)
+    assert str(root.home) in str(caught.value)
     assert os.strerror(errno.ENOTDIR) in str(caught.value)
     assert "VNET_ROOT" in str(caught.value)
 
@@ -242,7 +243,7 @@ def test_probe_finds_a_file_system_that_is_read_only(tmp_path):
 def test_probe_finds_a_full_disk(tmp_path):
     with tmpfs(tmp_path / "small", "size=64k") as root:
         with contextlib.suppress(OSError):
-            (root.folder / "filler").write_bytes(bytes(1 << 20))
+            (root.home / "filler").write_bytes(bytes(1 << 20))
         with pytest.raises(StorageError, match="no space"):
             root.probe()
 
@@ -256,7 +257,7 @@ def test_bytes_are_on_the_disk_before_their_name_and_the_name_before_put_returns
 
     def synced(handle: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{handle}"))
-        order.append(("sync", "folder" if path == root.folder / "a" else path.name[:5]))
+        order.append(("sync", "folder" if path == root.home / "a" else path.name[:5]))
         fsync(handle)
 
     def renamed(source, target) -> None:
@@ -303,7 +304,7 @@ def test_writers_of_one_key_at_once_leave_one_whole_object(root):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda content: root.put("deep/er/x", content), contents))
     assert root.get("deep/er/x") in contents
-    assert everything_under(root.folder) == ["deep/er/x"]
+    assert everything_under(root.home) == ["deep/er/x"]
 
 
 def test_a_kill_leaves_a_whole_object_and_no_name(root):
@@ -313,7 +314,7 @@ def test_a_kill_leaves_a_whole_object_and_no_name(root):
         "for turn in range(10**9):\n"
         "    root.put('a/x', bytes([turn % 251]) * 3_000_000); print(turn, flush=True)\n"
     )
-    command = [sys.executable, "-c", program, str(root.folder)]
+    command = [sys.executable, "-c", program, str(root.home)]
     for lines in (1, 2, 3):
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY) as process:
             for _ in range(lines):
@@ -354,15 +355,15 @@ def test_a_receipt_holds_the_facts_and_the_sha256_of_every_other_file(root):
         "labels/c/0": hashlib.sha256(b"chunk").hexdigest(),
         "empty": hashlib.sha256(b"").hexdigest(),
     }
-    root.path("results/c/1/labels/.put-half").write_bytes(b"left by a kill")
+    file_of(root, "results/c/1/labels/.put-half").write_bytes(b"left by a kill")
     assert sealed(root) == written, "a second seal counts the receipt itself, or what a kill left"
-    assert file_digest(root.path("results/c/1/mask")) == written["files"]["mask"]
+    assert file_digest(file_of(root, "results/c/1/mask")) == written["files"]["mask"]
 
 
 def test_the_receipt_is_written_last(root):
     sealed(root)
-    paths = [root.path(f"results/c/1/{name}") for name in ("mask", "labels/c/0", "empty")]
-    receipt = root.path(f"results/c/1/{RECEIPT}").stat().st_mtime_ns
+    paths = [file_of(root, f"results/c/1/{name}") for name in ("mask", "labels/c/0", "empty")]
+    receipt = file_of(root, f"results/c/1/{RECEIPT}").stat().st_mtime_ns
     assert all(path.stat().st_mtime_ns <= receipt for path in paths)
 
 
@@ -377,7 +378,7 @@ def test_a_seal_that_fails_leaves_no_receipt(root):
 @pytest.mark.parametrize("name", ["mask", "labels/c/0"])
 def test_every_flipped_bit_is_found(root, name):
     sealed(root)
-    path = root.path(f"results/c/1/{name}")
+    path = file_of(root, f"results/c/1/{name}")
     content = path.read_bytes()
     for position in {0, len(content) // 2, len(content) - 1}:
         for bit in (1, 128):
@@ -391,10 +392,10 @@ def test_every_flipped_bit_is_found(root, name):
 
 def test_missing_cut_and_replaced_files_are_found(root):
     sealed(root)
-    root.path("results/c/1/mask").unlink()
-    root.path("results/c/1/labels/c/0").write_bytes(b"chun")
-    root.path("results/c/1/empty").unlink()
-    root.path("results/c/1/empty").mkdir()
+    file_of(root, "results/c/1/mask").unlink()
+    file_of(root, "results/c/1/labels/c/0").write_bytes(b"chun")
+    file_of(root, "results/c/1/empty").unlink()
+    file_of(root, "results/c/1/empty").mkdir()
     assert sorted(root.damaged("results/c/1")) == ["empty", "labels/c/0", "mask"]
 
 
@@ -420,7 +421,7 @@ def test_a_delete_that_is_interrupted_leaves_no_receipt_over_missing_files(root,
 
 def test_a_receipt_that_is_no_json_is_damage(root):
     sealed(root)
-    root.path(f"results/c/1/{RECEIPT}").write_text(json.dumps({"files": {}})[:-3])
+    file_of(root, f"results/c/1/{RECEIPT}").write_text(json.dumps({"files": {}})[:-3])
     with pytest.raises(StorageError) as caught:
         root.receipt("results/c/1")
     assert caught.value.code == "store.corrupt"

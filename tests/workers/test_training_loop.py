@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.files import file_of
 from vnet_core import geometry as geo
 from vnet_core.errors import TrainingError
 from vnet_core.geometry import Geometry
@@ -123,7 +124,7 @@ def test_a_damaged_checkpoint_is_passed_over(root):
     with pytest.raises(KeyboardInterrupt):
         Interrupted(root, run, SEAT).fit()
     newest = root.names(f"{run.prefix}/checkpoints")[-1]
-    state = root.path(f"{run.prefix}/checkpoints/{newest}/state.safetensors")
+    state = file_of(root, f"{run.prefix}/checkpoints/{newest}/state.safetensors")
     state.write_bytes(state.read_bytes()[:-1])
     assert Worker(root, run, SEAT).state.step == int(newest) - 1
 

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
+from tests.files import file_of
 from tests.vnet_core.test_geometry import signed_permutations
 from tests.workers.known_model import known_network, known_plan, own_spacing, scan_of, segmented
 from vnet_core.errors import ScanError
@@ -574,17 +575,19 @@ def test_every_stage_hands_the_geometry_on(tmp_path, number, suffix, mask_format
     assert prepared.state == "computed", prepared
     outcome = Segmenter(root.url, "known@v1", 1).segment(Job("c", case, mask_format))
     assert outcome.state == "computed", outcome
-    mask = root.path(f"{outcome.key}/{file}")
+    mask = file_of(root, f"{outcome.key}/{file}")
     if mask.suffix == scan.suffix or (".nii" in scan.name and ".nii" in mask.name):
         np.testing.assert_array_equal(checked_mask(scan, mask), known)
     image, source = sitk.ReadImage(str(mask)), sitk.ReadImage(str(scan))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(image), known)
     np.testing.assert_allclose(world(image, known), world(source, known), rtol=0, atol=2e-4)
-    report = json.loads(root.path(f"{outcome.key}/report.json").read_text("utf-8"))
+    report = json.loads(file_of(root, f"{outcome.key}/report.json").read_text("utf-8"))
     voxel_ml = np.prod(SPACING_XYZ) / 1000
     volumes = {row["name"]: row["volume_ml"] for row in report["labels"]}
     assert volumes == {
         name: pytest.approx(np.count_nonzero(known == value) * voxel_ml, rel=1e-5)
         for name, value in (("grey", 2), ("white", 7))
     }
-    np.testing.assert_array_equal(zarr.open_array(root.path(f"{outcome.key}/mask.ome.zarr/0"), mode="r")[...], known)
+    np.testing.assert_array_equal(
+        zarr.open_array(file_of(root, f"{outcome.key}/mask.ome.zarr/0"), mode="r")[...], known
+    )

@@ -14,6 +14,7 @@ import pytest
 import SimpleITK as sitk
 import zarr
 
+from tests.files import file_of
 from tests.workers.formats.test_nifti import LPS_FROM_RAS, OBLIQUE, affine
 from tests.workers.test_scans import nifti_bytes, numbered, refused
 from vnet_core.errors import ScanError
@@ -235,7 +236,7 @@ def test_a_task_of_the_decathlon_becomes_the_networks_input(tmp_path):
     cases = [entry.case for entry in load_entries(root, "glioma")]
     assert {o.state for o in preprocess(root, cases, plan, EXECUTOR)} == {"computed"}
     for case in cases:
-        arrays = zarr.open_group(root.path(volume_key(case, plan)), mode="r")
+        arrays = zarr.open_group(file_of(root, volume_key(case, plan)), mode="r")
         image, label = np.asarray(arrays["image"]), np.asarray(arrays["label"])
         turned = stored[case.id][..., ::-1, ::-1].astype(np.float32)
         assert image.shape == (4, 6, 8, 10)
