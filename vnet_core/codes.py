@@ -200,7 +200,11 @@ _REFUSED: dict[str, tuple[str, str]] = {
     "label.no-image": ("A DICOM label was given without the image whose grid it lies on.", "Give both."),
     "label.dtype": ("A label map to be written has a type that masks do not have.", "Convert it to uint8 or uint16."),
     "label.no-mask": ("The scan has no organ mask of its name.", "Add the mask, or drop --inside."),
-    # --- archives
+    # --- archives and buckets
+    "source.unsafe": (
+        "Objects of a source in a bucket have names that are no path below a folder.",
+        "Rename them, or give a prefix without them.",
+    ),
     "archive.unsafe": (
         "A member of the archive would leave its folder, is a link or a device, or occurs twice.",
         "Do not unpack it; ask where it comes from.",

@@ -8,18 +8,24 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from workers.mirrors import is_remote, listed
+
 
 def snapshot(sources: Sequence[str | Path], without: Path | None = None) -> str:
     """SHA-256 (hex) of the paths, sizes and times of modification of all files in the sources; none is opened.
 
-    Sources are files or folders. What a link points to is not looked at, so that the walk stays in the sources, and
-    the folder ``without``, the storage root, is left out. A source that is not there, or a folder that may not be
-    read, counts as empty.
+    Sources are files, folders or prefixes of buckets. What a link points to is not looked at, so that the walk stays
+    in the sources, and the folder ``without``, the storage root, is left out. A source that is not there, or a folder
+    that may not be read, counts as empty.
     """
     skipped = None if without is None else os.path.realpath(without)
     found = hashlib.sha256()
     for source in sources:
         found.update(os.fsencode(source) + b"\0\0")
+        if is_remote(str(source)):
+            for stored in listed(str(source)):
+                found.update(f"{stored.key}\0{stored.size}\0{stored.modified.timestamp()}\0".encode())
+            continue
         for path, status in sorted(_files(os.path.realpath(source), skipped)):
             found.update(b"%s\0%d\0%d\0" % (os.fsencode(path), status.st_size, status.st_mtime_ns))
     return found.hexdigest()

@@ -168,12 +168,13 @@ class Bucket:
                 found = True
                 path = target if stored.key == key else target / stored.key.removeprefix(f"{key}/")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._fetch(stored, path)
+                self.fetch(stored, path)
             if not found:
                 raise FileNotFoundError(key)
             yield target
 
-    def _fetch(self, stored: Stored, path: Path) -> None:
+    def fetch(self, stored: Stored, path: Path) -> None:
+        """Write an object to a file; StorageError ``store.short`` when not all of it came."""
         import obstore
 
         with self._answers(stored.key), path.open("wb") as file:

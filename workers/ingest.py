@@ -39,6 +39,7 @@ from workers.discover import checked, discover
 from workers.found import Discovery, Found
 from workers.identity import Pseudonyms, private_root
 from workers.ledger import Outcome, settle
+from workers.mirrors import is_remote, mirrored
 from workers.store import Root
 
 TWICE = "cohort.duplicate-case"
@@ -183,9 +184,9 @@ def _look_through(
     ids = Pseudonyms.of(root)
     places, keys, refused = [], [], []
     for source in sources:
-        path = Path(source)
+        path = mirrored(private_root(root), source) if is_remote(source) else Path(source)
         if not (path.exists() and is_archive(path)):
-            places.append(source)
+            places.append(str(path))
             continue
         try:
             folder = unpacked(private_root(root), path)

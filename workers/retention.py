@@ -23,6 +23,8 @@ from workers.decisions import all_decisions
 from workers.fsck import cohorts_of, keys_in, leftovers, results_of
 from workers.identity import private_folder
 from workers.leases import is_alive
+from workers.mirrors import PREFIX as MIRRORS
+from workers.mirrors import is_remote, mirror_key
 from workers.models import Model, load_model
 from workers.nights import load_night, records
 from workers.objects import Stored
@@ -96,6 +98,8 @@ def collect(
             root.place.discard(left[spare.key])
         elif spare.kind == "unfinished" and spare.key.startswith("archives/"):
             shutil.rmtree(private / spare.key, ignore_errors=True)
+            with suppress(OSError):  # another run is unpacking there
+                (private / spare.key).parent.rmdir()
         elif spare.kind == "unfinished":
             # what is half done may have a name that no key has
             root.place.delete(spare.key)
@@ -195,12 +199,18 @@ def _archives(root: Root, rules: Retention, now: datetime) -> Iterator[Spare]:
         return
     private = private_folder(root)
     with _readable():
-        used = {key for cohort in root.names("cohorts") for key in load_cohort(root, cohort).archives}
+        cohorts = [load_cohort(root, cohort) for cohort in root.names("cohorts")]
+    used = {key for cohort in cohorts for key in cohort.archives}
+    mirrors = {mirror_key(source) for cohort in cohorts for source in cohort.sources if is_remote(source)}
     age = max(timedelta(days=rules.spares_days), timedelta(hours=rules.grace_hours))
     for name in Root(private).names("archives"):
         key = f"archives/{name}"
         if key not in used and _is_old_folder(private / key, now, age):
             yield Spare(key, "archive", _size_of_folder(private / key), "no cohort was read from it")
+    for name in Root(private).names(MIRRORS):
+        key = f"{MIRRORS}/{name}"
+        if key not in mirrors and _is_old_folder(private / key, now, age):
+            yield Spare(key, "archive", _size_of_folder(private / key), "no cohort is read from its bucket")
 
 
 def _unfinished(root: Root, rules: Retention, now: datetime) -> Iterator[Spare]:

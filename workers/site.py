@@ -48,7 +48,7 @@ class Site(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     root: str = "vnet-data"
-    """Storage root: a folder or a file:// URL."""
+    """Storage root: a folder, a file:// URL or s3://bucket/prefix."""
     dask_address: str | None = None
     """Scheduler, such as tcp://10.0.0.5:8786; left out, Dask starts on this machine."""
     ray_address: str | None = None

@@ -20,6 +20,7 @@ from vnet_core.plan import Label, Plan
 from vnet_core.sections import ReadingPlan
 from workers.clusters import processors
 from workers.ledger import Outcome
+from workers.mirrors import is_remote
 from workers.store import Root
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ def ingest_sources(
 def _run_ingest(root: Root, cohort: str, sources: Sequence[str], names: Names) -> tuple[Cohort, list[Outcome]]:
     from workers.ingest import ingest as run
 
-    absolute = [str(Path(source).expanduser().resolve()) for source in sources]
+    absolute = [source if is_remote(source) else str(Path(source).expanduser().resolve()) for source in sources]
     with ThreadPoolExecutor(processors()) as executor:
         return run(root, cohort, absolute, executor, names)
 

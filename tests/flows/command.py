@@ -37,7 +37,7 @@ def until(condition: Callable[[], T], timeout_s: float = 120) -> T:
 class Command:
     """A ``vnet`` process in a process group of its own, and every process that it starts."""
 
-    def __init__(self, *arguments: str | Path, root: Path, **variables: str) -> None:
+    def __init__(self, *arguments: str | Path, root: Path | str, **variables: str) -> None:
         self.mark = uuid.uuid4().hex
         # files, not pipes: a process that is left over would hold a pipe open
         self._streams = tempfile.TemporaryDirectory(prefix="vnet-test-")

@@ -17,7 +17,7 @@ def vnet() -> Iterator[Callable[..., Command]]:
     """Start a command; none of its processes outlives the test."""
     started: list[Command] = []
 
-    def start(*arguments: str | Path, root: Path, **variables: str) -> Command:
+    def start(*arguments: str | Path, root: Path | str, **variables: str) -> Command:
         started.append(Command(*arguments, root=root, **variables))
         return started[-1]
 

@@ -114,7 +114,7 @@ def add_night(
     return name
 
 
-def small_root(folder: Path, night: datetime, cases: Sequence[str] = ("a", "b")) -> Root:
+def small_root(folder: Path | str, night: datetime, cases: Sequence[str] = ("a", "b")) -> Root:
     """One cohort, one model, one night in which all cases were computed."""
     root = Root(folder)
     save_cohort(root, Cohort(COHORT, ("/scans",), ("image",), PLAN.labels))

