@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from vnet_core.errors import EngineError
+from workers.modes import for_the_owner_alone
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -426,6 +427,7 @@ def _stop_with_parent() -> None:
 
 def _serve(listener_fd: int, kind: str) -> None:
     """The child process: Prefect's application on a socket that its parent has opened."""
+    for_the_owner_alone()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     import uvicorn
     from prefect.server.api.server import create_app
