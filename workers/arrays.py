@@ -67,7 +67,8 @@ def _write(group: zarr.Group, name: str, array: np.ndarray, dimension_names: Seq
 def read_array(root: Root, prefix: str, name: str) -> np.ndarray:
     """A whole array. StorageError ``store.corrupt`` when a chunk is missing or damaged."""
     try:
-        array = zarr.open_array(_store(root, f"{prefix}/{name}"), mode="r")
+        # ours are of version 3: one of version 2 may name a codec that unpickles
+        array = zarr.open_array(_store(root, f"{prefix}/{name}"), mode="r", zarr_format=3)
         shards = np.ndindex(*(-(-n // s) for n, s in zip(array.shape, array.shards or array.chunks, strict=True)))
         folder = root.path(f"{prefix}/{name}/c")
         missing = [index for index in shards if not _size(folder.joinpath(*map(str, index)))]

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vnet_core.errors import StorageError
 from vnet_core.reporting import Reporting
 from workers.store import Root
 
@@ -121,9 +122,13 @@ def settings_of_table(schema: pa.Schema) -> Reporting:
 
 
 def read_table(root: Root, cohort: str, night: str) -> pa.Table:
-    """The table of a night."""
+    """The table of a night. StorageError ``store.corrupt`` when it is none."""
     # whole and by one thread: the readers of larger-than-memory data take more memory than such a table
-    return pq.ParquetFile(root.path(table_key(cohort, night))).read(use_threads=False)
+    try:
+        return pq.ParquetFile(root.path(table_key(cohort, night))).read(use_threads=False)
+    except pa.ArrowInvalid:
+        key = table_key(cohort, night)
+        raise StorageError("store.corrupt", f"{key} is no Parquet table; restore it from a copy") from None
 
 
 def table_key(cohort: str, night: str) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 from vnet_core.errors import ConfigError, StorageError
 from workers.decisions import latest, published
 from workers.delivered import Index, announce, digest, joined, read_index, stamp, sync_folder, write_index
+from workers.identity import NAME
 from workers.modes import Readers, let_read
 from workers.nights import Night, load_night
 from workers.report import night_ids, read_rows, refresh_review
@@ -50,9 +51,7 @@ class Delivered:
     """The mask in the storage root is not what its receipt says; not delivered."""
 
 
-def deliver(
-    root: Root, night: Night, rows: Sequence[Row], folder: str, readers: Readers = "owner"
-) -> Delivered:
+def deliver(root: Root, night: Night, rows: Sequence[Row], folder: str, readers: Readers = "owner") -> Delivered:
     """Copy the masks of a night's rows to ``folder/<cohort>``, where ``readers`` may read them; one delivery at a time,
     another waits.
 
@@ -149,6 +148,10 @@ def _deliver(root: Root, night: Night, rows: Sequence[Row], place: Path, readers
     for case, found in cases.items():
         if not published(found[0]["review"]):
             lists["held"].append(case)
+            continue
+        if not NAME.fullmatch(case):
+            # tables lie in the root, and who can write there shall not write elsewhere through this
+            lists["damaged"].append(case)
             continue
         known = names.get((case, found[0]["result"]))
         if known and index.files[known]["stamp"] == stamp(place / known):

@@ -48,7 +48,7 @@ def mode_for(readers: Readers, folder: bool = False) -> int:
 
 
 def let_read(path: Path, readers: Readers) -> None:
-    """Give a file or folder of ours the mode for its readers; nothing happens where it has it. Links are not followed."""
+    """Give a file or folder of ours the mode for its readers, where it has another. Links are not followed."""
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         status = os.fstat(handle)
