@@ -233,7 +233,8 @@ def check_api(url: str, timeout_s: float) -> None:
 
     def ask() -> None:
         try:
-            with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=timeout_s) as response:
+            # whoever runs the program names the address
+            with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=timeout_s) as response:  # noqa: S310
                 answer.set_result(response.read(64))
         except (OSError, ValueError, http.client.HTTPException) as error:
             answer.set_exception(error)
@@ -374,9 +375,10 @@ def post(url: str, body: dict[str, Any], timeout_s: float = REQUEST_TIMEOUT_S) -
     headers = {"Content-Type": "application/json"}
     if secret := os.environ.get("PREFECT_API_AUTH_STRING"):
         headers["Authorization"] = f"Basic {base64.b64encode(secret.encode()).decode()}"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    # the address is that of check_api
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310
             return json.load(response)
     except OSError as error:
         raise EngineError("prefect.unreachable", f"the Prefect API at {url} does not answer ({error})") from error

@@ -15,14 +15,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.workers.small_root import COHORT, add_case, case_of, small_root
+from tests.workers.small_root import COHORT, small_root
 from tests.workers.test_delivery import NIGHT, result, rows
+from tests.workers.tiny_cohort import publish_model, take_in, write_scan
 from vnet_core.errors import VnetError
 from workers.archives import unpack
-from workers.cohort import check_name, load_cohort, result_key
+from workers.cohort import check_name, load_cohort, load_entries
 from workers.delivery import deliver
 from workers.identity import NAME, Pseudonyms, safe_id
 from workers.models import load_model
+from workers.preprocess import preprocess_case
 from workers.segment import Job, Segmenter
 from workers.store import Root
 
@@ -137,16 +139,22 @@ def test_a_model_a_plan_and_a_cohort_behind_links_are_refused_by_name(root: Root
     assert code_of(lambda: load_cohort(root, COHORT)) == "store.outside"
 
 
-def test_a_result_behind_a_link_is_a_row_that_says_so(root: Root, outside: Path) -> None:
+def test_a_result_behind_a_link_is_a_row_that_says_so(tmp_path: Path, outside: Path) -> None:
     """The case fails by name; nothing is written to where the link leads."""
-    model = load_model(root, "organs")
-    key = result_key(COHORT, case_of("a"), model.plan, model.digest)
-    moved_out(root, key, outside)
+    root = Root(tmp_path / "tiny")
+    write_scan(tmp_path / "scans", "a", 0)
+    model = publish_model(root)
+    take_in(root, "many", [tmp_path / "scans"])
+    (entry,) = load_entries(root, "many")
+    assert preprocess_case(root.url, entry.case, model.plan).state == "computed"
+    segmenter, job = Segmenter(root.url, model.reference, 1), Job("many", entry.case, "nifti")
+    computed = segmenter.segment(job)
+    assert (computed.state, computed.codes) == ("computed", ())
+    moved_out(root, computed.key, outside)
     before = everything(outside)
-    assert root.receipt(key) is None
-    outcome = Segmenter(root.url, "organs@v1", 1).segment(Job(COHORT, add_case(root, "a"), "nifti"))
-    assert outcome.state == "failed"
-    assert outcome.codes == ("store.outside",)
+    assert root.receipt(computed.key) is None
+    outcome = segmenter.segment(job)
+    assert (outcome.state, outcome.codes) == ("failed", ("store.outside",))
     assert everything(outside) == before
 
 

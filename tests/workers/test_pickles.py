@@ -57,7 +57,7 @@ def error_of(call: Callable[[], object]) -> str:
 
 
 def test_the_bird_sings_when_it_is_let_out(sang: Path) -> None:
-    pickle.loads(bird(sang))  # noqa: S301
+    pickle.loads(bird(sang))
     assert sang.is_dir()
 
 
@@ -166,10 +166,9 @@ def test_volumes_with_a_codec_that_unpickles(root: Root, sang: Path, monkeypatch
         "order": "C",
         "filters": [{"id": "pickle", "protocol": 5}],
     }
-    for name in (".zarray", "zarr.json"):
+    for name, chunk in ((".zarray", "0"), ("zarr.json", "c/0/0/0/0")):
         root.put_json(f"{key}/image/{name}", header)
-        for chunk in ("0", "c/0", "c/0/0/0/0"):
-            root.put(f"{key}/image/{chunk}", bird(sang))
+        root.put(f"{key}/image/{chunk}", bird(sang))
         resealed(root, key)
         assert error_of(lambda: read_array(root, key, "image")) == "store.corrupt"
         assert error_of(lambda: load_volume(root, key, PLAN)) == "store.corrupt"
