@@ -79,6 +79,9 @@ def prefect_environment(home: Path) -> dict[str, str]:
         # a run asked for in the UI starts within two seconds, not ten
         "PREFECT_RUNNER_POLL_FREQUENCY": "2",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
+        # what became of a case is in the storage root; a result that Prefect kept would be a pickle
+        "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
+        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
         # progress is the command line's business; the UI still has every line
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
     }
