@@ -178,7 +178,7 @@ def test_the_auth_string_is_in_no_file_of_the_server(guarded: ServerProcess) -> 
 
 
 def test_dask_refuses_a_plain_connection_where_it_speaks_tls() -> None:
-    security = Security.temporary(require_encryption=True)
+    security = Security.temporary()
     with (
         distributed.LocalCluster(
             n_workers=1,
@@ -198,7 +198,7 @@ def test_dask_refuses_a_plain_connection_where_it_speaks_tls() -> None:
         for wrong, with_what in (
             (address.replace("tls://", "tcp://"), {}),
             # of another authority
-            (address, {"security": Security.temporary(require_encryption=True)}),
+            (address, {"security": Security.temporary()}),
         ):
             with pytest.raises((OSError, TimeoutError)):
                 distributed.Client(wrong, timeout=3, **with_what)

@@ -140,7 +140,8 @@ def test_a_model_a_plan_and_a_cohort_behind_links_are_refused_by_name(root: Root
 
 
 def test_a_result_behind_a_link_is_a_row_that_says_so(tmp_path: Path, outside: Path) -> None:
-    """The case fails by name; nothing is written to where the link leads."""
+    """A link in place of a result is replaced by the result; of one on the way to it the case fails by name. Nothing is
+    written to where either leads."""
     root = Root(tmp_path / "tiny")
     write_scan(tmp_path / "scans", "a", 0)
     model = publish_model(root)
@@ -153,6 +154,11 @@ def test_a_result_behind_a_link_is_a_row_that_says_so(tmp_path: Path, outside: P
     moved_out(root, computed.key, outside)
     before = everything(outside)
     assert root.receipt(computed.key) is None
+    again = segmenter.segment(job)
+    assert (again.state, (root.home / computed.key).is_symlink()) == ("computed", False)
+    assert everything(outside) == before
+    moved_out(root, "results/many/a", outside)
+    before = everything(outside)
     outcome = segmenter.segment(job)
     assert (outcome.state, outcome.codes) == ("failed", ("store.outside",))
     assert everything(outside) == before
