@@ -1,12 +1,13 @@
 # make demo   the whole way on a small cohort made from a seed, about two minutes
 # make test   lint, types, import rules and tests
 # Both set up .venv by themselves the first time.
+# make audit  known holes in the locked packages; asks a database over the network, and fails where it cannot
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint types pytest clean lock
+.PHONY: demo test lint types pytest audit clean lock
 
 demo: $(READY)
 	$(BIN)/vnet demo
@@ -22,6 +23,9 @@ types: $(READY)
 
 pytest: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+audit:
+	PYTHON=$(PYTHON) .ci/audit
 
 # Every version is pinned; the project itself is installed from this folder.
 $(READY): requirements.lock pyproject.toml

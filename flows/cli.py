@@ -25,6 +25,7 @@ from flows.session import ROOT_VARIABLE, SITE_VARIABLE, open_session
 from vnet_core.errors import ConfigError, EngineError, MemoryLimitError, StorageError, VnetError
 from workers.harmless import printable
 from workers.ledger import nameless
+from workers.modes import for_the_owner_alone
 
 API_TIMEOUT_S = 10.0
 """How long an API that is named may take to answer."""
@@ -35,6 +36,7 @@ OK, USAGE, PARTLY, NONE, INTERRUPTED = 0, 2, 3, 4, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``vnet`` with the arguments (default: those of the process); returns the exit code."""
     options = parser().parse_args(arguments)
+    for_the_owner_alone()
     _log_to_stderr()
     started = time.monotonic()
     try:

@@ -41,7 +41,7 @@ def _deliver(session: Session, order: Order, result: Result) -> None:
     """Deliver, and tell what was not; a folder that cannot be written keeps nobody from being asked."""
     log = get_run_logger()
     try:
-        done = deliver(session.root, result.night, result.rows, order.rules.deliver)
+        done = deliver(session.root, result.night, result.rows, order.rules.deliver, order.rules.deliver_readers)
     except VnetError as error:
         log.error("nothing was delivered: %s: %s", error.code, error.message)
         return

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from vnet_core.errors import EngineError
+from workers.modes import for_the_owner_alone
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -78,6 +79,9 @@ def prefect_environment(home: Path) -> dict[str, str]:
         # a run asked for in the UI starts within two seconds, not ten
         "PREFECT_RUNNER_POLL_FREQUENCY": "2",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
+        # what became of a case is in the storage root; a result that Prefect kept would be a pickle
+        "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
+        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
         # progress is the command line's business; the UI still has every line
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
     }
@@ -232,7 +236,8 @@ def check_api(url: str, timeout_s: float) -> None:
 
     def ask() -> None:
         try:
-            with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=timeout_s) as response:
+            # whoever runs the program names the address
+            with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=timeout_s) as response:  # noqa: S310
                 answer.set_result(response.read(64))
         except (OSError, ValueError, http.client.HTTPException) as error:
             answer.set_exception(error)
@@ -373,9 +378,10 @@ def post(url: str, body: dict[str, Any], timeout_s: float = REQUEST_TIMEOUT_S) -
     headers = {"Content-Type": "application/json"}
     if secret := os.environ.get("PREFECT_API_AUTH_STRING"):
         headers["Authorization"] = f"Basic {base64.b64encode(secret.encode()).decode()}"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    # the address is that of check_api
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310
             return json.load(response)
     except OSError as error:
         raise EngineError("prefect.unreachable", f"the Prefect API at {url} does not answer ({error})") from error
@@ -426,6 +432,7 @@ def _stop_with_parent() -> None:
 
 def _serve(listener_fd: int, kind: str) -> None:
     """The child process: Prefect's application on a socket that its parent has opened."""
+    for_the_owner_alone()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     import uvicorn
     from prefect.server.api.server import create_app

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from workers.identity import hush_readers, keep_identity
+from workers.modes import for_the_owner_alone
 from workers.site import Site, load_site
 from workers.store import Root
 
@@ -37,6 +38,7 @@ def open_session() -> Session:
 
     Raises ConfigError for a site file that cannot be used and StorageError ``store.unwritable``.
     """
+    for_the_owner_alone()
     hush_readers()
     site = load_site(os.environ.get(SITE_VARIABLE) or None)
     root = Root(os.environ.get(ROOT_VARIABLE) or site.root)

@@ -65,7 +65,8 @@ def _write(group: zarr.Group, name: str, array: np.ndarray, dimension_names: Seq
 def read_array(root: Root, prefix: str, name: str) -> np.ndarray:
     """A whole array. StorageError ``store.corrupt`` when a chunk is missing or damaged."""
     try:
-        array = zarr.open_array(zarr_store(root), path=f"{prefix}/{name}", mode="r")
+        # ours are of version 3: one of version 2 may name a codec that unpickles
+        array = zarr.open_array(zarr_store(root), path=f"{prefix}/{name}", mode="r", zarr_format=3)
         shards = np.ndindex(*(-(-n // s) for n, s in zip(array.shape, array.shards or array.chunks, strict=True)))
         start = f"{prefix}/{name}/c/"
         there = {stored.key.removeprefix(start) for stored in root.walk(start.rstrip("/")) if stored.size}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 
+from vnet_core.errors import StorageError
 from workers.store import Root
 
 CHECKPOINTS_KEPT = 2
@@ -40,7 +42,7 @@ def load_checkpoint(
         if root.receipt(source) is None or root.damaged(source):
             continue
         parts: Parts = {"network": {}, "average": {}, "best": {}, "optimiser": {}}
-        for key, value in safetensors.torch.load(root.get(f"{source}/state.safetensors")).items():
+        for key, value in _tensors(root, source).items():
             part, _, rest = key.partition(".")
             parts[part][rest] = value.to(device)
         slots: dict[int, dict[str, torch.Tensor]] = {}
@@ -50,3 +52,12 @@ def load_checkpoint(
         optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
         return parts, root.get_json(f"{source}/state.json")
     return None
+
+
+def _tensors(root: Root, source: str) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load(root.get(f"{source}/state.safetensors"))
+    except safetensors.SafetensorError as error:
+        raise StorageError(
+            "store.corrupt", f"{source} is no checkpoint ({error}); delete it to go on from an older one"
+        ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -11,10 +12,12 @@ from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from vnet_core.errors import ConfigError, EngineError
+from workers.modes import let_read, own_temporary_folder
 
 CONNECT_TIMEOUT_S = 20.0
 """How long an address may take to answer."""
@@ -105,10 +108,13 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
             "address": "local",
+            # Ray lets everybody read and write its folders, sockets and logs among them
+            "_temp_dir": str(own_temporary_folder("ray") / "r"),
         }
     else:
         _answers("ray", address, default_port=6379, greeting=HTTP2_GREETING)
         options["address"] = address
+    _close_token()
     try:
         ray.init(**options)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
@@ -117,6 +123,17 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def token_path() -> Path:
+    """Where the token lies by which Ray's processes know each other; Ray makes one there at its first start."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+
+
+def _close_token() -> None:
+    """Take the token from the eyes of others: Ray makes the file for whomever the umask of that day let read it."""
+    with contextlib.suppress(OSError):  # there is none yet, or it is somebody else's to close
+        let_read(token_path(), "owner")
 
 
 def _answers(engine: str, address: str, default_port: int, greeting: bytes) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vnet_core.errors import StorageError
 from vnet_core.reporting import Reporting
 from workers.store import Root
 
@@ -121,10 +122,14 @@ def settings_of_table(schema: pa.Schema) -> Reporting:
 
 
 def read_table(root: Root, cohort: str, night: str) -> pa.Table:
-    """The table of a night."""
+    """The table of a night. StorageError ``store.corrupt`` when it is none."""
     # whole and by one thread: the readers of larger-than-memory data take more memory than such a table
-    with root.open(table_key(cohort, night)) as file:
-        return pq.ParquetFile(file).read(use_threads=False)
+    key = table_key(cohort, night)
+    try:
+        with root.open(key) as file:
+            return pq.ParquetFile(file).read(use_threads=False)
+    except pa.ArrowInvalid:
+        raise StorageError("store.corrupt", f"{key} is no Parquet table; restore it from a copy") from None
 
 
 def table_key(cohort: str, night: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 from vnet_core.errors import StorageError
 from workers.harmless import one_line, sheet_cell
+from workers.modes import Readers, let_read, mode_for
 
 INDEX = "delivered.json"
 SHEET = "delivered.csv"
@@ -85,18 +86,20 @@ def _check_sheet(path: Path) -> None:
         )
 
 
-def write_index(place: Path, cohort: str, index: Index) -> None:
+def write_index(place: Path, cohort: str, index: Index, readers: Readers) -> None:
     """Both forms of the index, where they would change."""
     for name, content in ((SHEET, _sheet(cohort, index)), (INDEX, _json(index))):
         path = place / name
         known = path.is_file() and not path.is_symlink() and path.read_bytes() == content
-        if not known:
-            _put(place, name, content)
+        if known:
+            let_read(path, readers)
+        else:
+            _put(place, name, content, readers)
 
 
-def announce(place: Path, index: Index) -> None:
+def announce(place: Path, index: Index, readers: Readers) -> None:
     """Write the index alone, before what it announces is done."""
-    _put(place, INDEX, _json(index))
+    _put(place, INDEX, _json(index), readers)
 
 
 def _json(index: Index) -> bytes:
@@ -118,14 +121,14 @@ def _sheet(cohort: str, index: Index) -> bytes:
     return sink.getvalue().encode()
 
 
-def _put(place: Path, name: str, content: bytes) -> None:
+def _put(place: Path, name: str, content: bytes, readers: Readers) -> None:
     """Write a file of ours whole; a link in its place is replaced, not followed."""
     handle, temporary = tempfile.mkstemp(dir=place, prefix=".index-")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
-            os.fchmod(file.fileno(), 0o644)
+            os.fchmod(file.fileno(), mode_for(readers))
             os.fsync(file.fileno())
         os.replace(temporary, place / name)
     except BaseException:

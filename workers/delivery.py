@@ -23,6 +23,8 @@ from typing import Any
 from vnet_core.errors import ConfigError, StorageError
 from workers.decisions import latest, published
 from workers.delivered import Index, announce, digest, joined, read_index, stamp, sync_folder, write_index
+from workers.identity import NAME
+from workers.modes import Readers, let_read
 from workers.nights import Night, load_night
 from workers.report import night_ids, read_rows, refresh_review
 from workers.store import Root
@@ -49,16 +51,17 @@ class Delivered:
     """The mask in the storage root is not what its receipt says; not delivered."""
 
 
-def deliver(root: Root, night: Night, rows: Sequence[Row], folder: str) -> Delivered:
-    """Copy the masks of a night's rows to ``folder/<cohort>``; one delivery at a time, another waits.
+def deliver(root: Root, night: Night, rows: Sequence[Row], folder: str, readers: Readers = "owner") -> Delivered:
+    """Copy the masks of a night's rows to ``folder/<cohort>``, where ``readers`` may read them; one delivery at a time,
+    another waits.
 
     ConfigError ``deliver.folder`` for a folder that is not absolute or lies in the storage root. StorageError
     ``deliver.foreign`` when the place of the cohort or of the index is taken by something else, ``deliver.unwritable``.
     """
-    place = _place(root, folder, night.cohort)
+    place = _place(root, folder, night.cohort, readers)
     try:
         with _alone(place):
-            return _deliver(root, night, rows, place)
+            return _deliver(root, night, rows, place, readers)
     except OSError as error:
         if isinstance(error, StorageError):
             raise
@@ -81,10 +84,14 @@ def follow_up(root: Root, cohort: str, since: str) -> Delivered | None:
         return None
     newest = load_night(root, cohort, nights[-1])
     folder = newest.rules.get("deliver", "")
-    return deliver(root, newest, read_rows(root, cohort, newest.id), folder) if folder else None
+    if not folder:
+        return None
+    return deliver(
+        root, newest, read_rows(root, cohort, newest.id), folder, newest.rules.get("deliver_readers", "owner")
+    )
 
 
-def _place(root: Root, folder: str, cohort: str) -> Path:
+def _place(root: Root, folder: str, cohort: str, readers: Readers) -> Path:
     """The cohort's folder, made when it is not there."""
     wanted = Path(folder).expanduser()
     if not wanted.is_absolute():
@@ -92,8 +99,11 @@ def _place(root: Root, folder: str, cohort: str) -> Path:
     if root.home in (resolved := wanted.resolve(), *resolved.parents):
         raise ConfigError("deliver.folder", "the folder of delivery lies in the storage root; choose one outside of it")
     place = resolved / cohort
+    missing = [path for path in (place, *place.parents) if not path.exists()]
     try:
         place.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            let_read(made, readers)
     except FileExistsError:
         pass  # a file or a dangling link, told below
     except OSError as error:
@@ -110,7 +120,7 @@ def _place(root: Root, folder: str, cohort: str) -> Path:
 @contextmanager
 def _alone(place: Path) -> Iterator[None]:
     """Wait until no other process delivers to the place."""
-    handle = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    handle = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -118,7 +128,7 @@ def _alone(place: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _deliver(root: Root, night: Night, rows: Sequence[Row], place: Path) -> Delivered:
+def _deliver(root: Root, night: Night, rows: Sequence[Row], place: Path, readers: Readers) -> Delivered:
     index = read_index(place)
     _recover(place, index)
     lists: dict[str, list[str]] = {what: [] for what in ("written", "removed", "held", "left", "damaged")}
@@ -139,10 +149,15 @@ def _deliver(root: Root, night: Night, rows: Sequence[Row], place: Path) -> Deli
         if not published(found[0]["review"]):
             lists["held"].append(case)
             continue
+        if not NAME.fullmatch(case):
+            # tables lie in the root, and who can write there shall not write elsewhere through this
+            lists["damaged"].append(case)
+            continue
         known = names.get((case, found[0]["result"]))
         if known and index.files[known]["stamp"] == stamp(place / known):
             # as it was written: ten thousand masks are not read again every night
-            index.files[known] |= _told(found)
+            _let_read_all(place / known, readers)
+            index.files[known] |= _told(found) | {"stamp": stamp(place / known)}
             unchanged += 1
             continue
         source, entry = _entry(root, night.id, found)
@@ -156,8 +171,8 @@ def _deliver(root: Root, night: Night, rows: Sequence[Row], place: Path) -> Deli
         else:
             lists["left"].append(case)
             index.files.pop(name, None)
-    _copy_all(root, place, index, todo, lists)
-    write_index(place, night.cohort, index)
+    _copy_all(root, place, index, todo, lists, readers)
+    write_index(place, night.cohort, index, readers)
     return Delivered(unchanged=unchanged, **{what: tuple(sorted(found)) for what, found in lists.items()})
 
 
@@ -223,12 +238,13 @@ def _copy_all(
     index: Index,
     todo: Mapping[str, tuple[str, dict[str, Any]]],
     lists: Mapping[str, list[str]],
+    readers: Readers,
 ) -> None:
     if not todo:
         return
     # a copy that ends with this process is known to the next one
     index.writing = {name: entry for name, (_, entry) in todo.items()}
-    announce(place, index)
+    announce(place, index, readers)
     for name, (key, entry) in todo.items():
         temporary = place / _part(name)
         try:
@@ -242,6 +258,7 @@ def _copy_all(
                 lists["damaged"].append(entry["case"])
                 _discard(temporary)
                 continue
+            _let_read_all(temporary, readers)
             _name(temporary, place / name)
         except BaseException:
             _discard(temporary)
@@ -258,7 +275,7 @@ def _part(name: str) -> str:
 
 def _copy_file(source: Path, target: Path) -> None:
     """Copy to a file that must not exist, and make it durable."""
-    handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with source.open("rb") as file, os.fdopen(handle, "wb") as copy:
         shutil.copyfileobj(file, copy, _PIECE_BYTES)
         copy.flush()
@@ -276,6 +293,12 @@ def _copy_folder(source: Path, target: Path) -> None:
             _copy_file(path, copy)
     for folder in (target, *(path for path in target.rglob("*") if path.is_dir())):
         sync_folder(folder)
+
+
+def _let_read_all(path: Path, readers: Readers) -> None:
+    """Give a file, or a folder and all in it, the modes for its readers."""
+    for one in (path, *(path.rglob("*") if path.is_dir() else ())):
+        let_read(one, readers)
 
 
 def _name(temporary: Path, target: Path) -> None:

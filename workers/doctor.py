@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from vnet_core.errors import VnetError
-from workers.clusters import dask_executor, processors, ray_session
+from workers.clusters import dask_executor, processors, ray_session, token_path
 from workers.identity import identity_of, private_folder
 from workers.ledger import nameless
 from workers.site import Site
@@ -96,6 +96,7 @@ def examine(root: Root, site: Site, now: datetime) -> list[Check]:
         ("dask", lambda: dask(site)),
         ("ray", lambda: ray(site)),
         ("listeners", listeners),
+        ("ray token", ray_token),
     ]
     return [found for name, check in checks for found in examined(name, check)]
 
@@ -224,7 +225,7 @@ def memory(site: Site) -> list[Check]:
     ]
 
 
-def shared_memory(folder: str = "/dev/shm") -> Check:
+def shared_memory(folder: str = "/dev/shm") -> Check:  # noqa: S108  looked at, not written to
     """Space for Ray's object store."""
     if not Path(folder).is_dir():
         return Check("shared memory", "ok", f"no {folder} on this system, Ray takes a file")
@@ -307,14 +308,14 @@ def clock(root: Root, site: Site, now: datetime) -> Check:
 
 
 def listeners(words: Sequence[str] = OUR_WORDS) -> list[Check]:
-    """Ports beyond 127.0.0.1 of processes of this user that were started for this work."""
+    """Ports beyond 127.0.0.1 of processes of this user that were started for this work, and of what they started."""
     open_ports: dict[str, list[int]] = {}
     for process in psutil.process_iter():
         try:
             if process.uids().real != os.getuid():
                 continue
-            line = " ".join(process.cmdline())
-            word = next((word for word in words if word in line), None)
+            # a worker of Dask is a Python process whose command line says nothing; what started it does
+            word = next((word for one in (process, *process.parents()) if (word := _word(one, words))), None)
             if word is None:
                 continue
             for connection in process.net_connections("inet"):
@@ -326,6 +327,29 @@ def listeners(words: Sequence[str] = OUR_WORDS) -> list[Check]:
     if not open_ports:
         return [Check("listeners", "ok", "no process of ours listens beyond 127.0.0.1")]
     return [_listening(name, sorted(set(ports))) for name, ports in sorted(open_ports.items())]
+
+
+def _word(process: psutil.Process, words: Sequence[str]) -> str | None:
+    try:
+        line = " ".join(process.cmdline())
+    except psutil.Error:
+        return None
+    return next((word for word in words if word in line), None)
+
+
+def ray_token(path: Path | None = None) -> Check:
+    """Whether others than its owner can read the token by which Ray's processes know each other."""
+    name, token = "ray token", path or token_path()
+    try:
+        mode = token.stat().st_mode & 0o777
+    except OSError:
+        return Check(name, "ok", f"there is none at {token} yet; Ray makes one at its first start")
+    if mode & 0o077:
+        found = f"{token} has mode {mode:04o}, so others may read it and use Ray as you do"
+        return Check(
+            name, "bad", found, f"chmod 0600 {token}; if others could get at it, remove it, and stop Ray before"
+        )
+    return Check(name, "ok", f"{token} is for its owner alone")
 
 
 def _is_local(address: str) -> bool:

@@ -27,13 +27,31 @@ class Folder:
         self.folder = folder
         self.url = folder.as_uri()
 
+    def _path(self, key: str) -> Path:
+        """The file or folder of a key. StorageError ``store.outside`` when a link on the way to it leads out."""
+        place = str(self.folder)
+        for part in key.split("/"):
+            place = f"{place}/{part}"
+            if os.path.islink(place):
+                self._refuse_if_outside(place)
+        return self.folder / key
+
+    def _refuse_if_outside(self, link: str) -> None:
+        if not Path(os.path.realpath(link)).is_relative_to(self.folder):
+            key = Path(link).relative_to(self.folder).as_posix()
+            raise StorageError(
+                "store.outside",
+                f"{key} in the storage root is a link out of it, which is not followed; put the file or folder itself"
+                " there, or mount it there",
+            )
+
     def put(self, key: str, content: bytes) -> None:
-        path = self.folder / key
+        path = self._path(key)
         with self._written_beside(path, content) as temporary:
             os.replace(temporary, path)
 
     def create(self, key: str, content: bytes) -> bool:
-        path = self.folder / key
+        path = self._path(key)
         if path.exists():
             return False
         with self._written_beside(path, content) as temporary:
@@ -61,23 +79,23 @@ class Folder:
             _sync_folder(path.parent)
 
     def get(self, key: str) -> bytes:
-        return (self.folder / key).read_bytes()
+        return self._path(key).read_bytes()
 
     def open(self, key: str) -> BinaryIO:
-        return (self.folder / key).open("rb")
+        return self._path(key).open("rb")
 
     def is_object(self, key: str) -> bool:
-        return (self.folder / key).is_file()
+        return self._path(key).is_file()
 
     def exists(self, key: str) -> bool:
-        return (self.folder / key).exists()
+        return self._path(key).exists()
 
     def names(self, prefix: str) -> list[str]:
-        folder = self.folder / prefix
+        folder = self._path(prefix)
         return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
 
     def walk(self, prefix: str) -> Iterator[Stored]:
-        start = self.folder / prefix
+        start = self._path(prefix)
         if start.is_file():
             yield self._stored(start)
             return
@@ -106,7 +124,9 @@ class Folder:
         (self.folder / leftover.key).unlink(missing_ok=True)
 
     def delete(self, key: str) -> None:
-        path = self.folder / key
+        # a link itself goes, whatever it points to
+        parent, _, name = key.rpartition("/")
+        path = self._path(parent) / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -127,14 +147,16 @@ class Folder:
 
     @contextmanager
     def at_hand(self, key: str) -> Iterator[Path]:
-        path = self.folder / key
+        path = self._path(key)
         if not path.exists():
             raise FileNotFoundError(key)
+        for link in self.links(key) if path.is_dir() else ():
+            self._refuse_if_outside(str(self.folder / link))
         yield path
 
     @contextmanager
     def written(self, key: str) -> Iterator[Path]:
-        path = self.folder / key
+        path = self._path(key)
         with self.room():
             path.parent.mkdir(parents=True, exist_ok=True)
             yield path

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vnet_core.errors import StorageError
 from vnet_core.plan import Plan, digest_of
 from workers.cards import model_card
 from workers.registry import check_files, resolve
@@ -93,7 +94,7 @@ def _provenance(root: Root, plan: Plan, weights: Sequence[bytes], training: dict
     receipts = [receipt for key in training.get("volumes", ()) if (receipt := root.receipt(key))]
     data = sorted((receipt["case_digest"], receipt["label_digest"] or "") for receipt in receipts)
     return {
-        "digest": digest_of([*(hashlib.sha256(content).hexdigest() for content in weights), plan.digest]),
+        "digest": _digest(weights, plan),
         "data_digest": digest_of(data) if data else "",
         "data": [{"scan": scan, "label": label} for scan, label in data],
         "started_from": training.get("started_from"),
@@ -134,6 +135,9 @@ def load_model(root: Root, reference: str) -> Model:
     receipt = root.receipt(prefix)
     assert receipt is not None
     plan = Plan.from_mapping(facts["plan"])
+    unsealed = [file for file in facts["weights"] if file not in receipt["files"]]
+    if unsealed:
+        raise _damaged(f"{name}@{version}", f"{len(unsealed)} of its weights are not in its receipt")
     digests = [receipt["files"][file] for file in facts["weights"]]
     return Model(name, version, plan, digest_of([*digests, plan.digest]), facts)
 
@@ -145,15 +149,35 @@ def card_of(root: Root, model: Model) -> str:
 
 
 def load_networks(root: Root, model: Model) -> list[VNet]:
-    """The model's networks with their weights, on the CPU in float32."""
+    """The model's networks with their weights, on the CPU in float32.
+
+    StorageError ``model.damaged`` when the weights are not those of the model's digest, or no safetensors.
+    """
     # they bring torch in, which a night's own process does without
+    import safetensors
     import safetensors.torch
 
     from vnet_core.networks.vnet import build_vnet
 
+    # the very bytes that are loaded, once more: what lies there may have changed since the model was looked up
+    weights = [root.get(f"{model.prefix}/{file}") for file in model.facts["weights"]]
+    if _digest(weights, model.plan) != model.digest:
+        raise _damaged(model.reference, "its weights are not those of its digest")
     networks = []
-    for file in model.facts["weights"]:
+    for content in weights:
         network = build_vnet(model.plan.network, len(model.plan.channels), model.plan.outputs)
-        network.load_state_dict(safetensors.torch.load(root.get(f"{model.prefix}/{file}")))
+        try:
+            network.load_state_dict(safetensors.torch.load(content))
+        except (safetensors.SafetensorError, RuntimeError) as error:
+            why = str(error).splitlines()[0]
+            raise _damaged(model.reference, f"its weights are no safetensors of its network ({why})") from None
         networks.append(network.eval())
     return networks
+
+
+def _digest(weights: Sequence[bytes], plan: Plan) -> str:
+    return digest_of([*(hashlib.sha256(content).hexdigest() for content in weights), plan.digest])
+
+
+def _damaged(reference: str, found: str) -> StorageError:
+    return StorageError("model.damaged", f"model {reference}: {found}; restore it from a copy, or use another version")

@@ -13,6 +13,7 @@ from workers.arrays import write_arrays
 from workers.cohort import Case, read_channels, scan_label, source_digest, volume_key
 from workers.failpoints import fail_point
 from workers.ledger import Costs, Outcome, State, settle
+from workers.modes import for_the_owner_alone
 from workers.store import Root
 
 STAGE = "preprocess"
@@ -69,6 +70,7 @@ def preprocess_case(root_url: str, case: Case, plan: Plan) -> Outcome:
     # brings torch in, which the process that hands out the cases does without
     from vnet_core.preprocess import prepare
 
+    for_the_owner_alone()
     root = Root(root_url)
 
     def compute() -> tuple[State, str, tuple[str, ...]]:

@@ -42,6 +42,7 @@ from vnet_core.geometry import Geometry, from_mapping, to_mapping
 from vnet_core.plan import Label
 from vnet_core.sections import ReadingPlan
 from vnet_core.volume import Scan, Volume
+from workers.modes import for_the_owner_alone
 from workers.scans import AS_STORED, bring_in_readers, is_dicom_file, read_geometry, read_label_scan, read_scan
 
 _PR_SET_PDEATHSIG = 1
@@ -367,6 +368,7 @@ def _out_of_memory() -> dict[str, Any]:
 
 
 def _main(descriptor: int, parent: int) -> None:
+    for_the_owner_alone()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the scan
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

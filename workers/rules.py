@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from workers.modes import Readers
+
 CLOCK = r"^$|^([01]\d|2[0-3]):[0-5]\d$"
 """Empty, or a time of day from 00:00 to 23:59."""
 
@@ -30,6 +32,8 @@ class NightRules(BaseModel):
     """`flagged`: masks with a flag wait for a person's decision; `none`: nobody is asked."""
     deliver: str = Field(default="", title="Deliver to")
     """Folder that gets a copy of every mask that is not waiting for a decision or rejected."""
+    deliver_readers: Readers = Field(default="owner", title="Who may read what is delivered")
+    """Who may read the delivered masks: the `owner` of the program's processes, its `group` too, or `everyone`."""
     challenger_share: float = Field(default=0.0, ge=0, le=1, title="Challenger's share")
     """Share of the cases that the model's challenger segments too, to be compared."""
 

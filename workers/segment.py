@@ -19,6 +19,7 @@ from workers.leases import Claim, check
 from workers.ledger import Costs, Outcome, State, settle
 from workers.masks import Mask, MaskFormat, check_format, label_values, mask_file, publish_mask
 from workers.models import Model, load_model, load_networks
+from workers.modes import for_the_owner_alone
 from workers.profiles import drift_of
 from workers.store import Root
 
@@ -55,6 +56,7 @@ class Segmenter:
 
         from vnet_core.inference import precision, prepare
 
+        for_the_owner_alone()
         self.root = Root(root_url)
         self.model = load_model(self.root, model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -156,9 +156,14 @@ class Root:
 
     def delete(self, prefix: str) -> None:
         """Remove an object or everything under a prefix, receipts first; nothing happens when it is not there."""
-        for stored in self.walk(prefix):
-            if stored.key.rpartition("/")[2] == RECEIPT:
-                self.place.delete(stored.key)
+        try:
+            for stored in self.walk(prefix):
+                if stored.key.rpartition("/")[2] == RECEIPT:
+                    self.place.delete(stored.key)
+        except StorageError as error:
+            if error.code != "store.outside":
+                raise
+        # of a link out of the root the link goes, and what is behind a link on the way is refused here
         self.place.delete(_checked(prefix))
 
     @contextmanager
@@ -192,11 +197,11 @@ class Root:
             yield
 
     def receipt(self, prefix: str) -> dict[str, Any] | None:
-        """The receipt of a finished result, or None when it is not finished."""
+        """The receipt of a finished result, or None when it is not finished, or lies behind a link out of the root."""
         try:
             found: dict[str, Any] = self.get_json(f"{prefix}/{RECEIPT}")
         except StorageError as error:
-            if error.code != "store.missing":
+            if error.code not in ("store.missing", "store.outside"):
                 raise
             return None
         return found
@@ -216,13 +221,13 @@ class Root:
     def digest(self, key: str) -> str:
         """SHA-256 (hex) of an object's bytes; FileNotFoundError when there is none."""
         digest = hashlib.sha256()
-        with self.place.open(key) as file:
+        with self.place.open(_checked(key)) as file:
             while some := file.read(1 << 20):
                 digest.update(some)
         return digest.hexdigest()
 
     def damaged(self, prefix: str) -> list[str]:
-        """Files of a finished result that are missing or whose SHA-256 is not the receipt's."""
+        """Files of a finished result that are missing, lie outside of it, or whose SHA-256 is not the receipt's."""
         receipt = self.receipt(prefix)
         if receipt is None:
             return [RECEIPT]
@@ -231,6 +236,10 @@ class Root:
             try:
                 same = self.digest(f"{prefix}/{name}") == digest
             except (FileNotFoundError, IsADirectoryError):
+                same = False
+            except StorageError as error:
+                if error.code not in ("store.key", "store.outside"):
+                    raise
                 same = False
             if not same:
                 bad.append(name)

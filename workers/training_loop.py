@@ -31,6 +31,7 @@ from vnet_core.postprocess import score_candidates
 from vnet_core.sections import Cleaning
 from workers.checkpoints import load_checkpoint, save_checkpoint
 from workers.models import load_model, load_networks
+from workers.modes import for_the_owner_alone
 from workers.patches import BatchLoader, Share, TrainingVolume, load_volume
 from workers.store import Root
 from workers.training_run import Budget, Run, TrainingProgress
@@ -100,6 +101,7 @@ def fit(run: Run, seat: Seat) -> None:
 
     A named error is also left in the root as ``error.json``, for the process that waits.
     """
+    for_the_owner_alone()
     root = Root(run.root_url)
     try:
         Worker(root, run, seat).fit()

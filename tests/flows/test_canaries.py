@@ -1,24 +1,30 @@
 """What names a patient is planted in every place of a scan, and found nowhere in what a full run leaves behind."""
 
 import base64
+import contextlib
 import gzip
 import io
 import json
 import os
 import re
 import shutil
+import signal
+import socket
 import sqlite3
 import struct
 import subprocess
 import tempfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pydicom
@@ -27,6 +33,7 @@ from PIL import Image, PngImagePlugin
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
+from tests.pickles import pickles
 from tests.walkthrough import REPOSITORY, environment
 from vnet_core.geometry import Geometry
 from vnet_core.phantoms import PhantomSpec, phantom
@@ -60,6 +67,26 @@ CANARIES = {
 }
 """Where a text is planted, and the text. Pixels that spell a name cannot be searched for: such a series has no picture,
 which a test of its own shows."""
+AUTH = "admin:Bergfink-58213307"
+SECRETS = {
+    "key of the object store": "AKIAROTSCHWANZ4471",
+    "secret of the object store": "Hausrotschwanz/9182736450+Gimpel",
+    "auth string of Prefect": AUTH,
+    "auth string as it is sent": base64.b64encode(AUTH.encode()).decode(),
+    "token of Ray": "5a5a" * 16,
+    "address of messages": "Distelfink-77120",
+    "secret of the pseudonyms": "Steinschmaetzer-" * 2,
+}
+"""What opens something. It is in the environment, in the site file or in the private folder of the runs, and nowhere in
+what they leave or in what every account of a machine can see of their processes."""
+KEYS = {
+    "AWS_ACCESS_KEY_ID": SECRETS["key of the object store"],
+    "AWS_SECRET_ACCESS_KEY": SECRETS["secret of the object store"],
+    "PREFECT_SERVER_API_AUTH_STRING": AUTH,
+    "PREFECT_API_AUTH_STRING": AUTH,
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": SECRETS["token of Ray"],
+}
 SMALL = PhantomSpec(seed=5, shape=(20, 24, 28), spacing_mm=(3.0, 2.5, 2.0), body_mm=22.0)
 PLAN = f"{REPOSITORY}/examples/small.toml"
 
@@ -233,6 +260,8 @@ class Stay:
 
     folder: Path
     runs: dict[str, subprocess.CompletedProcess[str]] = field(default_factory=dict)
+    lines: set[str] = field(default_factory=set)
+    """Command lines of everything that was started."""
 
     @property
     def root(self) -> Path:
@@ -240,16 +269,44 @@ class Stay:
 
     def vnet(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a command whose temporary files, settings and caches lie in the folder too, and keep what it prints."""
-        left = self.folder / "left"
+        with self.started(*arguments) as process:
+            out, err = process.communicate(timeout=600)
+        return self.ended(arguments, subprocess.CompletedProcess(process.args, process.returncode, out, err))
+
+    @contextmanager
+    def started(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+        """The command, under a umask that hides nothing, with the secrets; its processes' command lines are noted."""
+        left, over = self.folder / "left", threading.Event()
         places = {"HOME": str(left / "home"), "TMPDIR": str(left / "t"), "PYTHONPATH": str(REPOSITORY)}
-        done = subprocess.run(
+        with subprocess.Popen(
             ["vnet", *arguments, "--site", str(self.folder / "site.toml")],
             cwd=left,
-            env=environment() | places,
-            capture_output=True,
+            env=environment() | places | KEYS,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=600,
-        )
+            umask=0,
+        ) as process:
+            watcher = threading.Thread(target=self._watch, args=(process.pid, over))
+            watcher.start()
+            try:
+                yield process
+            finally:
+                over.set()
+                watcher.join()
+
+    def _watch(self, pid: int, over: threading.Event) -> None:
+        while not over.wait(0.05):
+            with contextlib.suppress(psutil.Error):
+                command = psutil.Process(pid)
+                for one in (command, *command.children(recursive=True)):
+                    with contextlib.suppress(psutil.Error):
+                        self.lines.add("\0".join(one.cmdline()))
+
+    def ended(
+        self, arguments: tuple[str, ...], done: subprocess.CompletedProcess[str]
+    ) -> subprocess.CompletedProcess[str]:
+        left = self.folder / "left"
         (left / f"said-{len(self.runs)}.txt").write_text(done.stdout + done.stderr)
         self.runs[" ".join(arguments[:2])] = done
         return done
@@ -269,8 +326,13 @@ def stay() -> Iterator[Stay]:
         for name in ("left/t", "left/home", "scans/train/images", "scans/train/labels"):
             (folder / name).mkdir(parents=True)
         (folder / "site.toml").write_text(
-            f'root = "{stay.root}"\n[identity]\nids = "pseudonyms"\nprivate = "{folder / "private"}"\n'
+            f'root = "{stay.root}"\n'
+            f'notify_url = "json://localhost/{SECRETS["address of messages"]}"\n'
+            f'[identity]\nids = "pseudonyms"\nprivate = "{folder / "private"}"\n'
         )
+        (folder / "private").mkdir(mode=0o700)
+        (folder / "private" / "secret").write_text(SECRETS["secret of the pseudonyms"])
+        (folder / "private" / "secret").chmod(0o600)
         for seed in range(3):
             spec = PhantomSpec(seed, SMALL.shape, SMALL.spacing_mm, body_mm=22.0)
             name = f"{CANARIES['file']}{seed}.nii.gz"
@@ -305,6 +367,17 @@ def stay() -> Iterator[Stay]:
         single = f"{night}/{CANARIES['file']}.meta.mha"
         stay.vnet("segment", "--model=organs", single, "--output", "masks", "--format", "mha", "--verbose")
         stay.vnet("query", "--limit=100")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        with stay.started("serve", "--port", port) as serving:
+            assert serving.stderr is not None
+            said = []
+            while "UI:" not in "".join(said[-1:]):
+                said.append(serving.stderr.readline())
+                assert said[-1], "".join(said)
+            serving.send_signal(signal.SIGTERM)
+            out, err = serving.communicate(timeout=120)
+        stay.ended(("serve",), subprocess.CompletedProcess(["serve"], serving.returncode, out, "".join(said) + err))
         yield stay
     finally:
         shutil.rmtree(folder)
@@ -322,6 +395,7 @@ def test_the_run_did_its_work_on_everything_that_was_planted(stay: Stay) -> None
         "nightly --cohort=night": 3,
         "segment --model=organs": 0,
         "query --limit=100": 0,
+        "serve": 0,
     }, said
     states = stay.states("nightly --cohort=night")
     assert sorted(states.values()) == ["computed"] * 6 + ["refused"] * 4
@@ -331,6 +405,39 @@ def test_the_run_did_its_work_on_everything_that_was_planted(stay: Stay) -> None
 
 def test_nothing_that_names_somebody_is_left_outside_the_private_folder(stay: Stay) -> None:
     assert leaks(stay.folder / "left", CANARIES) == set()
+
+
+def test_nothing_that_opens_something_is_left_anywhere(stay: Stay) -> None:
+    left = leaks(stay.folder / "left", SECRETS)
+    assert left == set()
+    assert {what for what, _ in leaks(stay.folder / "private", SECRETS)} == {"secret of the pseudonyms"}
+
+
+def test_no_process_shows_a_secret_in_its_command_line(stay: Stay) -> None:
+    for word in ("raylet", "gcs_server", "flows.server", "multiprocessing.spawn", "workers.reading"):
+        assert any(word in line for line in stay.lines), word
+    shown = {what for what, text in SECRETS.items() for line in stay.lines if text in line}
+    assert shown == set()
+
+
+def test_the_address_of_messages_is_in_the_database_and_encrypted(stay: Stay) -> None:
+    with sqlite3.connect(stay.root / "prefect" / "prefect.db") as database:
+        blocks = database.execute("select name from block_document").fetchall()
+    database.close()
+    assert ("vnet-notify",) in blocks
+
+
+def test_all_files_are_for_their_owner_alone_after_a_training_too(stay: Stay) -> None:
+    paths = [path for folder in (stay.root, stay.folder / "private") for path in (folder, *folder.rglob("*"))]
+    assert len(paths) > 300
+    assert [path for path in paths if not path.is_symlink() and path.stat().st_mode & 0o077] == []
+    (ray,) = (stay.folder / "left" / "t").glob("ray-*")
+    assert ray.stat().st_mode & 0o777 == 0o700
+    assert [path for path in (stay.folder / "left" / "masks").iterdir() if path.stat().st_mode & 0o077] == []
+
+
+def test_no_pickle_lies_in_the_root_after_a_training_either(stay: Stay) -> None:
+    assert pickles(stay.root) == []
 
 
 def test_the_search_saw_every_kind_of_place(stay: Stay) -> None:
@@ -344,7 +451,7 @@ def test_the_search_saw_every_kind_of_place(stay: Stay) -> None:
         "root/reports/night/*.parquet",
         "root/reports/night/*.csv",
         "root/training/organs/*/run.json",
-        "t/ray/session_2*/logs/*",
+        "t/ray-*/r/session_2*/logs/*",
         "masks/*.mha",
         "said-5.txt",
     ):

@@ -87,6 +87,31 @@ def test_finished_masks_are_copied_and_those_that_wait_are_not(root, folder):
     ]
 
 
+def modes(folder: Path) -> dict[str, str]:
+    return {path.name: f"{path.stat().st_mode & 0o777:04o}" for path in (folder, *folder.rglob("*"))}
+
+
+@pytest.mark.parametrize(("first", "second"), [("owner", "everyone"), ("group", "owner")])
+def test_readers_are_those_that_the_rule_names_whatever_the_umask(root, folder, first, second):
+    """0600 and 0700 for the owner, 0640 and 0750 for the group, 0644 and 0755 for everyone; the lock is the owner's."""
+    expected = {"owner": ("0600", "0700"), "group": ("0640", "0750"), "everyone": ("0644", "0755")}
+    found = rows(("a", result(root, "a"), ""), ("b", result(root, "b", name="mask.ome.zarr"), ""))
+    for umask, readers in ((0o000, first), (0o077, second)):
+        before = os.umask(umask)
+        try:
+            done = deliver(root, NIGHT, found, str(folder.parent), readers)
+        finally:
+            os.umask(before)
+        plain, place = expected[readers]
+        folders = dict.fromkeys(("liver", "b.ome.zarr", "0"), expected[first][1]) | dict.fromkeys(
+            ("b.ome.zarr", "0"), place
+        )
+        files = dict.fromkeys(("a.nii.gz", "zarr.json", "c", "delivered.csv", "delivered.json"), plain)
+        assert modes(folder) == folders | files | {".delivered.lock": "0600"}
+        assert done.left == ()
+    assert (done.written, done.unchanged) == ((), 2)
+
+
 def test_what_lies_there_is_not_written_again(root, folder):
     key = result(root, "a")
     send(root, folder, ("a", key, ""))

@@ -32,7 +32,7 @@ def states(checks: list[Check]) -> dict[str, str]:
 def test_a_machine_that_is_well(root: Root) -> None:
     checks = examine(root, Site(), datetime.now(UTC))
     names = {"python", "packages", "root", "clock", "private folder", "memory", "cores", "shared memory", "gpu", "dask"}
-    assert names | {"ray", "listeners", "free space", "durable writes"} == {check.name for check in checks}
+    assert names | {"ray", "ray token", "listeners", "free space", "durable writes"} == {check.name for check in checks}
     found = states(checks)
     for name in ("python", "packages", "root", "private folder", "dask", "ray"):
         assert found[name] == "ok", [check for check in checks if check.name == name]
@@ -224,6 +224,28 @@ def test_what_listens_beyond_this_machine_is_bad_and_on_it_is_not() -> None:
     with listening("0.0.0.0", word) as port:
         (found,) = doctor.listeners((word,))
     assert (found.state, str(port) in found.found, word in found.found) == ("bad", True, True)
+
+
+def test_what_a_process_of_ours_has_started_is_looked_at_too() -> None:
+    """As a worker of Dask, whose own command line says nothing."""
+    word = "planted-by-a-test"
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], '0.0.0.0'])"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", parent, LISTEN, word], stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        port = process.stdout.readline().strip()
+        (found,) = doctor.listeners((word,))
+        process.communicate("")
+    assert (found.state, port in found.found) == ("bad", True)
+
+
+def test_a_token_that_others_can_read_is_bad(tmp_path: Path) -> None:
+    token = tmp_path / "auth_token"
+    assert doctor.ray_token(token).state == "ok"
+    token.write_text("0" * 64)
+    for mode, state in ((0o600, "ok"), (0o640, "bad"), (0o604, "bad")):
+        token.chmod(mode)
+        assert doctor.ray_token(token).state == state
 
 
 def test_ray_may_listen_while_it_asks_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
