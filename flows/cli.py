@@ -25,6 +25,7 @@ from flows.session import ROOT_VARIABLE, SITE_VARIABLE, open_session
 from vnet_core.errors import ConfigError, EngineError, MemoryLimitError, StorageError, VnetError
 from workers.harmless import printable
 from workers.ledger import nameless
+from workers.machine import check_machine
 
 API_TIMEOUT_S = 10.0
 """How long an API that is named may take to answer."""
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VnetError as error:
         print(printable(f"vnet {options.command}: {error.code}: {error.message}"), file=sys.stderr)
         if options.json:
-            print(json.dumps({"command": options.command, "error": {"code": error.code, "message": error.message}}))
+            _tell(json.dumps({"command": options.command, "error": {"code": error.code, "message": error.message}}))
         before_any_work = isinstance(error, ConfigError | EngineError | MemoryLimitError)
         unwritable = isinstance(error, StorageError) and error.code == "store.unwritable"
         return USAGE if before_any_work or unwritable else NONE
@@ -58,10 +59,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     seconds = round(time.monotonic() - started, 2)
     if options.json:
-        print(json.dumps(document(options, seconds, result), allow_nan=False))
+        told = _tell(json.dumps(document(options, seconds, result), allow_nan=False))
     else:
-        print(printable(result.text))
-    return exit_code(result.cases)
+        told = _tell(printable(result.text))
+    return exit_code(result.cases) if told else USAGE
+
+
+def _tell(text: str) -> bool:
+    """Print the result; whether it could be. A reader that has gone, such as ``head``, has had what it wanted."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # what is still in the buffer would fail once more at the end of the process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return True
+        why = error.strerror or error
+        print(f"vnet: the work is done, but standard output cannot be written ({why})", file=sys.stderr)
+        return False
+    return True
 
 
 def needs(options: argparse.Namespace) -> Needs:
@@ -122,6 +138,8 @@ def _environment(options: argparse.Namespace) -> Iterator[Callable[[], None]]:
     if options.verbose:
         os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO"
     url = os.environ.get("PREFECT_API_URL")
+    if needed == "api":
+        check_machine()
     if needed != "api" or url:
         if url and needed == "api":
             check_api(url, API_TIMEOUT_S)

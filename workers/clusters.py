@@ -14,16 +14,24 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
+
 from vnet_core.errors import ConfigError, EngineError
 
 CONNECT_TIMEOUT_S = 20.0
 """How long an address may take to answer."""
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """What an HTTP/2 client, such as gRPC, says first: the preface and an empty SETTINGS frame (RFC 9113, 3.4)."""
+NODE = ("gcs_server", "raylet")
+"""Processes without which a Ray node does nothing."""
 GPU_MEMORY_GIB = 16.0
 """Taken for a GPU that cannot be asked."""
 ENCRYPTED = ("tls", "wss")
 """Schemes whose servers are silent until they are greeted in their own way."""
+
+
+_own_node: list[psutil.Process] = []
+"""Those of the node that this process has started."""
 
 
 def processors() -> int:
@@ -113,10 +121,32 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
         ray.init(**options)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
         raise _unreachable("ray", address or "local", str(error)) from error
+    if address is None:
+        _own_node[:] = [p for p in psutil.Process().children(recursive=True) if _name(p) in NODE]
     try:
         yield
     finally:
+        _own_node.clear()
         ray.shutdown()
+
+
+def check_ray_node() -> None:
+    """EngineError ``ray.died`` where the node that this process has started has lost one of its own processes. Calls to
+    such a node are never answered, so whoever waits for one asks this from time to time."""
+    for process in _own_node:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            raise EngineError(
+                "ray.died",
+                "Ray on this machine has ended (its raylet or its control store was killed, perhaps as memory ended);"
+                " what is finished is kept, run the command again",
+            )
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def _answers(engine: str, address: str, default_port: int, greeting: bytes) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.flows.command import Command, receipts, until
 from tests.flows.conftest import TINY_CASES as CASES
-from tests.flows.test_night_engine import nightly, rows
+from tests.flows.conftest import finished, nightly
 from vnet_core.errors import ConfigError
 from workers.failpoints import POINTS, fail_point
 from workers.store import Root
@@ -20,33 +20,11 @@ END_S = 60.0
 """How long a run may go on after the death of one of its processes, unless it finishes its night."""
 
 
-@pytest.fixture(scope="module")
-def undisturbed(taken_in: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Receipts of a night that nothing disturbed."""
-    root = Path(shutil.copytree(taken_in, tmp_path_factory.mktemp("undisturbed") / "root"))
-    command = Command(*nightly(), root=root)
-    try:
-        assert command.wait() == 0, command.err
-    finally:
-        command.end()
-    return receipts(root)
-
-
-def finished(vnet: Start, root: Path, undisturbed: dict[str, Any]) -> None:
-    """Run the night again: everything is there, once, with the bytes of an undisturbed night."""
-    again = vnet(*nightly(), root=root)
-    assert again.wait() == 0, again.err
-    assert rows(root).keys() == undisturbed.keys()
-    assert receipts(root) == undisturbed
-    for path in root.glob("results/many/*/*/receipt.json"):
-        assert Root(root).damaged(path.parent.relative_to(root).as_posix()) == []
-    assert Root(root).names("leases") == []
-
-
-@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.fault("F7")
 @pytest.mark.parametrize("point", POINTS)
 def test_a_process_that_dies_at_a_point_costs_no_case(
-    vnet: Start, taken_in: Path, undisturbed: dict[str, Any], tmp_path: Path, point: str
+    vnet: Start, taken_in: Path, tiny_receipts: dict[str, Any], tmp_path: Path, point: str
 ) -> None:
     root = Path(shutil.copytree(taken_in, tmp_path / "root"))
     number = 3 if point in ("night:settled", "segment:sealed", "preprocess:sealed") else 1
@@ -58,13 +36,14 @@ def test_a_process_that_dies_at_a_point_costs_no_case(
     survived = not point.startswith("night:")
     assert survived or time.monotonic() - died < END_S
     until(command.over, END_S)
-    finished(vnet, root, undisturbed)
+    finished(vnet, root, tiny_receipts)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.fault("F8")
 @pytest.mark.parametrize("masks", [0, 2, CASES - 1])
 def test_a_prefect_server_that_dies_costs_no_case(
-    vnet: Start, taken_in: Path, undisturbed: dict[str, Any], tmp_path: Path, masks: int
+    vnet: Start, taken_in: Path, tiny_receipts: dict[str, Any], tmp_path: Path, masks: int
 ) -> None:
     root = Path(shutil.copytree(taken_in, tmp_path / "root"))
     command = vnet(*nightly(), root=root)
@@ -75,7 +54,7 @@ def test_a_prefect_server_that_dies_costs_no_case(
     died = time.monotonic()
     command.wait(END_S)
     until(command.over, END_S - (time.monotonic() - died) + 1)
-    finished(vnet, root, undisturbed)
+    finished(vnet, root, tiny_receipts)
 
 
 def test_a_point_acts_at_the_passage_that_was_named_and_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
