@@ -119,7 +119,7 @@ def nameless(what: str) -> Iterator[None]:
         if _is_out_of_memory(error):
             raise MemoryLimitError(
                 "engine.memory",
-                f"{what} was refused memory (it had {process_peak_bytes() / 2**30:.1f} GiB at most so far); use fewer"
+                f"{what} was refused memory (the process had up to {process_peak_bytes() / 2**30:.1f} GiB); use fewer"
                 " workers or a coarser spacing_mm, or give it more memory, and run again",
             ) from None
         whole = error if os.environ.get(TRACEBACKS_VARIABLE) else None
@@ -131,11 +131,13 @@ def nameless(what: str) -> Iterator[None]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation of Python, NumPy, the system or torch on the processor was refused."""
-    # torch has no class of its own for it there
-    of_torch = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    """Whether an allocation of Python, NumPy, the system or torch on the processor was refused, or the stack of a
+    thread."""
+    # neither has a class of its own
+    words = ("DefaultCPUAllocator", "can't start new thread")
+    by_words = isinstance(error, RuntimeError) and any(part in str(error) for part in words)
     of_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or of_torch or of_system
+    return isinstance(error, MemoryError) or by_words or of_system
 
 
 def _told(error: Exception) -> str:
