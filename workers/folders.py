@@ -113,7 +113,7 @@ class Folder:
             path.unlink(missing_ok=True)
 
     def sync(self, prefix: str) -> None:
-        places = set()
+        places: set[Path] = set()
         for path in _files(self.folder / prefix):
             with path.open("rb") as file:
                 os.fsync(file.fileno())

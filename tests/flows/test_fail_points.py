@@ -1,6 +1,9 @@
 """kill -9 of every kind of process at every exact point of a night: the next run finishes it with the same bytes."""
 
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 from tests.flows.command import Command, receipts, until
 from tests.flows.conftest import TINY_CASES as CASES
 from tests.flows.conftest import finished, nightly
+from tests.walkthrough import REPOSITORY, environment
 from vnet_core.errors import ConfigError
 from workers.failpoints import POINTS, fail_point
 from workers.store import Root
@@ -67,3 +71,15 @@ def test_a_point_acts_at_the_passage_that_was_named_and_once(monkeypatch: pytest
     monkeypatch.setenv("VNET_FAIL", "segment:nowhere:1:kill")
     with pytest.raises(ConfigError, match="segment:nowhere:1:kill"):
         fail_point("segment:read")
+
+
+def test_what_is_made_at_a_point_is_logged_even_where_the_process_is_killed_there(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    passes = "from workers.failpoints import fail_point\nfail_point('night:begun')\nfail_point('segment:read', 'a/b')\n"
+    env = environment() | {"VNET_FAIL_LOG": str(log), "VNET_FAIL": "segment:read:1:kill"}
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", passes], cwd=REPOSITORY, env=env)
+        assert done.returncode == -signal.SIGKILL
+    lines = [line.split(" ") for line in log.read_text("utf-8").splitlines()]
+    assert [line[:2] for line in lines] == [["segment:read", "a/b"]] * 2
+    assert 0 < int(lines[0][2]) < int(lines[1][2]) <= time.time_ns()
