@@ -12,7 +12,9 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         # standard output is for the result; Ray and others print there too
-        with contextlib.redirect_stdout(sys.stderr), _environment(options) as api_is_ready:
+        with contextlib.redirect_stdout(sys.stderr), _ends_in_order(), _environment(options) as api_is_ready:
             # the server starts while Prefect is imported
             if needs(options) == "api":
                 importlib.import_module("flows.cohorts")
@@ -63,6 +65,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         told = _tell(printable(result.text))
     return exit_code(result.cases) if told else USAGE
+
+
+@contextlib.contextmanager
+def _ends_in_order() -> Iterator[None]:
+    """A service manager's SIGTERM ends a command as Ctrl-C does, and whoever asks twice does not break off the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        for asked in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(asked, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _tell(text: str) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor
@@ -117,10 +119,14 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
     else:
         _answers("ray", address, default_port=6379, greeting=HTTP2_GREETING)
         options["address"] = address
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
         raise _unreachable("ray", address or "local", str(error)) from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own ends the process while the night still has rows to write
+        signal.signal(signal.SIGTERM, before)
     if address is None:
         _own_node[:] = [p for p in psutil.Process().children(recursive=True) if _name(p) in NODE]
     try:
