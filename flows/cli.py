@@ -12,7 +12,9 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from flows.session import ROOT_VARIABLE, SITE_VARIABLE, open_session
 from vnet_core.errors import ConfigError, EngineError, MemoryLimitError, StorageError, VnetError
 from workers.harmless import printable
 from workers.ledger import nameless
+from workers.machine import check_machine
 from workers.modes import for_the_owner_alone
 
 API_TIMEOUT_S = 10.0
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         # standard output is for the result; Ray and others print there too
-        with contextlib.redirect_stdout(sys.stderr), _environment(options) as api_is_ready:
+        with contextlib.redirect_stdout(sys.stderr), _ends_in_order(), _environment(options) as api_is_ready:
             # the server starts while Prefect is imported
             if needs(options) == "api":
                 importlib.import_module("flows.cohorts")
@@ -51,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VnetError as error:
         print(printable(f"vnet {options.command}: {error.code}: {error.message}"), file=sys.stderr)
         if options.json:
-            print(json.dumps({"command": options.command, "error": {"code": error.code, "message": error.message}}))
+            _tell(json.dumps({"command": options.command, "error": {"code": error.code, "message": error.message}}))
         before_any_work = isinstance(error, ConfigError | EngineError | MemoryLimitError)
         unwritable = isinstance(error, StorageError) and error.code == "store.unwritable"
         return USAGE if before_any_work or unwritable else NONE
@@ -60,10 +63,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     seconds = round(time.monotonic() - started, 2)
     if options.json:
-        print(json.dumps(document(options, seconds, result), allow_nan=False))
+        told = _tell(json.dumps(document(options, seconds, result), allow_nan=False))
     else:
-        print(printable(result.text))
-    return exit_code(result.cases)
+        told = _tell(printable(result.text))
+    return exit_code(result.cases) if told else USAGE
+
+
+@contextlib.contextmanager
+def _ends_in_order() -> Iterator[None]:
+    """A service manager's SIGTERM ends a command as Ctrl-C does, and whoever asks twice does not break off the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        for asked in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(asked, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell(text: str) -> bool:
+    """Print the result; whether it could be. A reader that has gone, such as ``head``, has had what it wanted."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # what is still in the buffer would fail once more at the end of the process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return True
+        why = error.strerror or error
+        print(f"vnet: the work is done, but standard output cannot be written ({why})", file=sys.stderr)
+        return False
+    return True
 
 
 def needs(options: argparse.Namespace) -> Needs:
@@ -124,6 +162,8 @@ def _environment(options: argparse.Namespace) -> Iterator[Callable[[], None]]:
     if options.verbose:
         os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO"
     url = os.environ.get("PREFECT_API_URL")
+    if needed == "api":
+        check_machine()
     if needed != "api" or url:
         if url and needed == "api":
             check_api(url, API_TIMEOUT_S)

@@ -28,11 +28,11 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import psutil
 
-from vnet_core.errors import EngineError
+from vnet_core.errors import EngineError, StorageError
 from workers.modes import for_the_owner_alone
 
 if TYPE_CHECKING:
@@ -309,12 +309,24 @@ def _listen(port: int) -> socket.socket:
     return listener
 
 
+def _log_of(home: Path, path: Path) -> BinaryIO:
+    """The server's log, opened in a home that is made where there is none. StorageError ``store.unwritable``."""
+    try:
+        for folder in (home, home / "servers"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return path.open("ab")
+    except OSError as error:
+        raise StorageError(
+            "store.unwritable",
+            f"the folder of Prefect's database, {home}, cannot be written ({error.strerror or error}); mend its"
+            " permissions or its disk",
+        ) from error
+
+
 def _launch(home: Path, port: int, with_ui: bool) -> ServerProcess:
     home = home.absolute()
-    for folder in (home, home / "servers"):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     log_path = home / "server.log"
-    with _listen(port) as listener, log_path.open("ab") as log:
+    with _listen(port) as listener, _log_of(home, log_path) as log:
         url = f"http://{HOST}:{listener.getsockname()[1]}"
         process = subprocess.Popen(
             # -P: a folder named flows in the working directory must not hide ours

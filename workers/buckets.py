@@ -272,11 +272,13 @@ def _connected(bucket: str, prefix: str) -> S3Store:
             "connect_timeout": timedelta(seconds=CONNECT_S),
         },
         retry_config={
-            "max_retries": 30,
+            # the time ends it, not the number
+            "max_retries": 1000,
             "backoff": {
                 "init_backoff": timedelta(seconds=0.1),
                 "max_backoff": timedelta(seconds=5),
-                "base": 2,
+                # the next pause is anything up to so many times the last: with 2 or less they would not grow
+                "base": 4,
             },
             "retry_timeout": timedelta(seconds=RETRY_S),
         },

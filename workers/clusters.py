@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
+
 from vnet_core.errors import ConfigError, EngineError
 from workers.modes import let_read, own_temporary_folder
 
@@ -23,10 +27,16 @@ CONNECT_TIMEOUT_S = 20.0
 """How long an address may take to answer."""
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """What an HTTP/2 client, such as gRPC, says first: the preface and an empty SETTINGS frame (RFC 9113, 3.4)."""
+NODE = ("gcs_server", "raylet")
+"""Processes without which a Ray node does nothing."""
 GPU_MEMORY_GIB = 16.0
 """Taken for a GPU that cannot be asked."""
 ENCRYPTED = ("tls", "wss")
 """Schemes whose servers are silent until they are greeted in their own way."""
+
+
+_own_node: list[psutil.Process] = []
+"""Those of the node that this process has started."""
 
 
 def processors() -> int:
@@ -115,13 +125,20 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
         _answers("ray", address, default_port=6379, greeting=HTTP2_GREETING)
         options["address"] = address
     _close_token()
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
         raise _unreachable("ray", address or "local", str(error)) from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own ends the process while the night still has rows to write
+        signal.signal(signal.SIGTERM, before)
+    if address is None:
+        _own_node[:] = [p for p in psutil.Process().children(recursive=True) if _name(p) in NODE]
     try:
         yield
     finally:
+        _own_node.clear()
         ray.shutdown()
 
 
@@ -134,6 +151,25 @@ def _close_token() -> None:
     """Take the token from the eyes of others: Ray makes the file for whomever the umask of that day let read it."""
     with contextlib.suppress(OSError):  # there is none yet, or it is somebody else's to close
         let_read(token_path(), "owner")
+
+
+def check_ray_node() -> None:
+    """EngineError ``ray.died`` where the node that this process has started has lost one of its own processes. Calls to
+    such a node are never answered, so whoever waits for one asks this from time to time."""
+    for process in _own_node:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            raise EngineError(
+                "ray.died",
+                "Ray on this machine has ended (its raylet or its control store was killed, perhaps as memory ended);"
+                " what is finished is kept, run the command again",
+            )
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def _answers(engine: str, address: str, default_port: int, greeting: bytes) -> None:

@@ -3,6 +3,10 @@
 ``VNET_FAIL=stage:point:n:action`` makes the n-th passage of a process through a point do ``kill`` (SIGKILL to itself),
 ``raise`` (an OSError), or ``sleep`` (an hour). Several are separated by commas. ``VNET_FAIL_ONCE`` names a file: the
 first process that acts makes it, and where it is there nothing happens.
+
+``VNET_FAIL_LOG`` names a file to which every process appends a line when it passes a point at which something is known
+by a key: point, key and nanoseconds since 1970. Nothing is ever lost from it by a kill, so it tells what was done how
+often.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from vnet_core.errors import ConfigError
 
 VARIABLE = "VNET_FAIL"
 ONCE_VARIABLE = "VNET_FAIL_ONCE"
+LOG_VARIABLE = "VNET_FAIL_LOG"
 POINTS = (
     "night:begun",
     "night:claimed",
@@ -37,8 +42,11 @@ ASLEEP_S = 3600.0
 _passed: Counter[str] = Counter()
 
 
-def fail_point(point: str) -> None:
-    """Pass a point. ConfigError ``fail.point`` where VNET_FAIL is not as above."""
+def fail_point(point: str, key: str = "") -> None:
+    """Pass a point, with the key of what is made there. ConfigError ``fail.point`` where VNET_FAIL is not as above."""
+    log = os.environ.get(LOG_VARIABLE)
+    if log and key:
+        _append(log, f"{point} {key} {time.time_ns()}\n".encode())
     wanted = os.environ.get(VARIABLE)
     if not wanted:
         return
@@ -47,6 +55,15 @@ def fail_point(point: str) -> None:
         where, number, action = _parsed(text)
         if where == point and number == _passed[point] and _is_first():
             _act(action, point)
+
+
+def _append(path: str, line: bytes) -> None:
+    """One write, which the system keeps apart from those of other processes."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(handle, line)
+    finally:
+        os.close(handle)
 
 
 def _parsed(text: str) -> tuple[str, int, str]:

@@ -65,7 +65,7 @@ class Folder:
     def _written_beside(self, path: Path, content: bytes) -> Iterator[Path]:
         """A durable file with the content beside ``path``, for the block to give it its name; the folder is synced."""
         with self.room():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make(path.parent)
             handle, name = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED)
             temporary = Path(name)
             try:
@@ -137,12 +137,13 @@ class Folder:
             (self.folder / prefix).rmdir()
 
     def sync(self, prefix: str) -> None:
-        places = set()
+        places: set[Path] = set()
         for path in _files(self.folder / prefix):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-            places.add(path.parent)
-        for place in places:
+            # the names of the folders above it too, up to the root
+            places.update(place for place in path.parents if place.is_relative_to(self.folder))
+        for place in sorted(places, reverse=True):
             _sync_folder(place)
 
     @contextmanager
@@ -195,6 +196,14 @@ def _files(start: Path) -> Iterator[Path]:
             path = Path(place, name)
             if path.is_file() and not path.is_symlink():
                 yield path
+
+
+def _make(folder: Path) -> None:
+    """A folder with those above it; the names of new ones survive a power cut."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in new:
+        _sync_folder(place.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import resource
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from vnet_core.errors import ScanError, VnetError
+from vnet_core.errors import MemoryLimitError, ScanError, VnetError
 from workers.identity import hush_readers
 
 log = logging.getLogger("vnet")
@@ -107,19 +108,36 @@ def nameless(what: str) -> Iterator[None]:
     """Turn an unexpected error into VnetError ``internal.<kind>`` and log it, both without its own text.
 
     The text of such an error quotes paths and headers, and so may name a patient. Its kind and the modules and lines
-    that it came through are told; with VNET_TRACEBACKS set, all of it is logged. Our own errors pass as they are.
+    that it came through are told; with VNET_TRACEBACKS set, all of it is logged. Our own errors pass as they are, and
+    memory that was refused becomes MemoryLimitError ``engine.memory``.
     """
     try:
         yield
     except VnetError:
         raise
     except Exception as error:
+        if _is_out_of_memory(error):
+            raise MemoryLimitError(
+                "engine.memory",
+                f"{what} was refused memory (the process had up to {process_peak_bytes() / 2**30:.1f} GiB); use fewer"
+                " workers or a coarser spacing_mm, or give it more memory, and run again",
+            ) from None
         whole = error if os.environ.get(TRACEBACKS_VARIABLE) else None
         log.error("%s failed: %s", what, _told(error), exc_info=whole)
         raise VnetError(
             f"internal.{type(error).__name__}",
             f"{_told(error)}; set {TRACEBACKS_VARIABLE}=1 to have all of it logged, paths included",
         ) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation of Python, NumPy, the system or torch on the processor was refused, or the stack of a
+    thread."""
+    # neither has a class of its own
+    words = ("DefaultCPUAllocator", "can't start new thread")
+    by_words = isinstance(error, RuntimeError) and any(part in str(error) for part in words)
+    of_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or by_words or of_system
 
 
 def _told(error: Exception) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from vnet_core.errors import ConfigError, StorageError
+from vnet_core.errors import ConfigError, ScanError, StorageError
 from vnet_core.geometry import Geometry, same_grid, to_canonical, world_mm
 from vnet_core.pictures import qc_picture
 from vnet_core.plan import Label, Plan
@@ -27,7 +27,7 @@ from vnet_core.sections import OutputPlan
 from vnet_core.spread import Spread
 from vnet_core.volume import Volume
 from workers.arrays import write_ome_labels
-from workers.cohort import Case
+from workers.cohort import Case, source_digest
 from workers.failpoints import fail_point
 from workers.reading import read_scan_apart
 from workers.scans import read_label, source_files, write_label
@@ -119,7 +119,7 @@ def publish_mask(
     what it returns goes into the receipt alone.
 
     Raises StorageError ``mask.unproven`` when a written mask, read back, does not lie where the array lay, and
-    ScanError as :func:`check_format` does.
+    ScanError as :func:`check_format` does, and where the scan is gone or no longer what it was.
     """
     geometry = mask.case.geometry
     assert geometry is not None, "a case without geometry was refused at ingest"
@@ -145,6 +145,11 @@ def _publish(root: Root, key: str, mask: Mask, geometry: Geometry, last_words: C
     if plan.regions:
         report["regions"] = _rows(measure_regions(mask.values, geometry, plan.labels, plan.regions), mask)
     scan = read_scan_apart(mask.case.channels[0], plan.reading)
+    if source_digest(mask.case.channels, plan.reading) != mask.case.digest:
+        raise ScanError(
+            "scan.changed",
+            "the file's bytes are no longer those that the volume was made of; run vnet ingest again",
+        )
     if not scan.burnt_in:
         root.put(f"{key}/qc.png", qc_picture(scan.volume.voxels[0], mask.values, geometry, plan.labels))
     report["drift"] = list(mask.drift)

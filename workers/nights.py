@@ -63,7 +63,8 @@ def ended(night: Night, outcomes: Sequence[Outcome], stopped: Stopped, now: date
     """The night when it is over; :func:`save` it after everything else of it is written."""
     return replace(
         night,
-        seconds=round((now - datetime.fromisoformat(night.started)).total_seconds(), 1),
+        # a clock that was set back makes no negative time
+        seconds=max(0.0, round((now - datetime.fromisoformat(night.started)).total_seconds(), 1)),
         counts=counts(outcomes),
         ended=now.isoformat(timespec="seconds"),
         stopped=stopped,

@@ -79,7 +79,7 @@ def preprocess_case(root_url: str, case: Case, plan: Plan) -> Outcome:
         label = scan_label(case.label, image.geometry, plan.labels, plan.reading).volume if case.label else None
         if source_digest(case.channels, plan.reading) != case.digest:
             raise ScanError("scan.changed", "the file's bytes are not those that were ingested; run vnet ingest again")
-        fail_point("preprocess:read")
+        fail_point("preprocess:read", key)
         prepared = prepare(image, label, plan.preprocess)
         arrays = {"image": prepared.image}
         if prepared.label is not None:
@@ -98,7 +98,7 @@ def preprocess_case(root_url: str, case: Case, plan: Plan) -> Outcome:
                 **costs.facts(),
             },
         )
-        fail_point("preprocess:sealed")
+        fail_point("preprocess:sealed", key)
         return "computed", key, ()
 
     return settle(STAGE, case.id, compute)

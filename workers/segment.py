@@ -12,7 +12,7 @@ import psutil
 from vnet_core.errors import MemoryLimitError, StorageError
 from vnet_core.plan import Plan
 from workers.arrays import read_array
-from workers.clusters import Engines
+from workers.clusters import Engines, check_ray_node
 from workers.cohort import Case, result_key, volume_geometry, volume_key
 from workers.failpoints import fail_point
 from workers.leases import Claim, check
@@ -24,6 +24,7 @@ from workers.profiles import drift_of
 from workers.store import Root
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
 
 STAGE = "segment"
@@ -31,6 +32,9 @@ ATTEMPTS = 2
 """How often a case is given to an actor before the death of its actor is counted against the case."""
 IN_FLIGHT = 2
 """Cases that an actor holds: one is read or written while the other is computed."""
+
+LOOK_S = 5.0
+"""How often whoever waits for an actor looks whether Ray is still there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +93,8 @@ class Segmenter:
             raise StorageError("segment.no-volume", f"{volume} of case {case.id} is not finished; preprocess it first")
         assert case.geometry is not None, "a finished volume has a geometry"
         check_format(case, job.mask_format)
-        image = torch.from_numpy(read_array(self.root, volume, "image"))
-        fail_point("segment:read")
+        image = torch.from_numpy(self._read_volume(volume))
+        fail_point("segment:read", key)
         with costs.waiting(self._computing):
             self._check_memory(plan, tuple(image.shape[1:]))
             grid = volume_geometry(self.root, volume)
@@ -113,8 +117,21 @@ class Segmenter:
         drift = drift_of(self.root, volume, self.model.facts)
         mask = Mask(case, values, plan, job.mask_format, algorithm, provenance, spread, drift)
         publish_mask(self.root, key, mask, lambda: self._last_words(job, costs))
-        fail_point("segment:sealed")
+        fail_point("segment:sealed", key)
         return "computed", key, ()
+
+    def _read_volume(self, volume: str) -> np.ndarray:
+        """Its image. A damaged one is taken away, receipt first, so that the next try makes it again."""
+        try:
+            return read_array(self.root, volume, "image")
+        except StorageError as error:
+            if error.code != "store.corrupt":
+                raise
+            self.root.delete(volume)
+            raise StorageError(
+                "segment.damaged-volume",
+                f"{volume} was damaged ({error.message}); it was taken away, and the next try makes it again",
+            ) from error
 
     def _last_words(self, job: Job, costs: Costs) -> dict[str, Any]:
         """What the receipt says of the work; StorageError ``night.taken-over`` where another run has the case."""
@@ -181,7 +198,7 @@ class SegmentPool:
     ) -> list[Outcome]:
         """One outcome per job that was begun, by case id. A job with a receipt is `cached`; an actor that dies is
         replaced, and the cases it held are tried again, each at most ``ATTEMPTS`` times. ``may_begin`` is asked before
-        a case is handed to an actor."""
+        a case is handed to an actor. EngineError ``ray.died`` when the whole node has gone."""
         outcomes: list[Outcome] = []
 
         def settled(outcome: Outcome) -> None:
@@ -220,7 +237,10 @@ class SegmentPool:
                     held[actor.segment.remote(job)] = (job, attempt, number)
             if not held:
                 return
-            ready, _ = ray.wait(list(held), num_returns=1)
+            ready, _ = ray.wait(list(held), num_returns=1, timeout=LOOK_S)
+            if not ready:
+                check_ray_node()
+                continue
             job, attempt, number = held.pop(ready[0])
             try:
                 settled(ray.get(ready[0]))

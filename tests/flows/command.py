@@ -78,7 +78,7 @@ class Command:
             assert found or running, f"the command ended first: {self.out}{self.err}"
             return found
 
-        return until(value)
+        return until(value, 300)
 
     def kill(self) -> None:
         """SIGKILL to the command alone; what it has started must end by itself."""

@@ -1,15 +1,41 @@
 """Fixtures of the tests that run commands."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.flows.command import Command
+from tests.flows.command import Command, receipts
 from tests.workers.tiny_cohort import publish_model, take_in, write_scan
+from workers.nights import records
+from workers.report import read_rows
 from workers.store import Root
 
 TINY_CASES = 8
+
+
+def nightly(*options: str) -> list[str]:
+    """The night of cohort ``many``."""
+    return ["nightly", "--cohort", "many", "--model", "known", "--json", *options]
+
+
+def rows(root: Path) -> dict[str, str]:
+    """State of every case in the newest night."""
+    newest = records(Root(root), "many")[-1]
+    return {row["case"]: row["state"] for row in read_rows(Root(root), "many", newest)}
+
+
+def finished(vnet: Callable[..., Command], root: Path, undisturbed: dict[str, Any]) -> None:
+    """Run the night again: everything is there, once, with the bytes of an undisturbed night."""
+    again = vnet(*nightly(), root=root)
+    assert again.wait() == 0, again.err
+    assert rows(root).keys() == undisturbed.keys()
+    assert receipts(root) == undisturbed
+    for path in root.glob("results/many/*/*/receipt.json"):
+        assert Root(root).damaged(path.parent.relative_to(root).as_posix()) == []
+    assert Root(root).names("leases") == []
 
 
 @pytest.fixture
@@ -36,3 +62,15 @@ def taken_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     publish_model(root)
     take_in(root, "many", [folder / "scans"])
     return root.home
+
+
+@pytest.fixture(scope="session")
+def tiny_receipts(taken_in: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Receipts of a night over ``taken_in`` that nothing disturbed."""
+    root = Path(shutil.copytree(taken_in, tmp_path_factory.mktemp("undisturbed") / "root"))
+    command = Command(*nightly(), root=root)
+    try:
+        assert command.wait() == 0, command.err
+    finally:
+        command.end()
+    return receipts(root)

@@ -1,6 +1,9 @@
 """kill -9 of every kind of process at every exact point of a night: the next run finishes it with the same bytes."""
 
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +13,8 @@ import pytest
 
 from tests.flows.command import Command, receipts, until
 from tests.flows.conftest import TINY_CASES as CASES
-from tests.flows.test_night_engine import nightly, rows
+from tests.flows.conftest import finished, nightly
+from tests.walkthrough import REPOSITORY, environment
 from vnet_core.errors import ConfigError
 from workers.failpoints import POINTS, fail_point
 from workers.store import Root
@@ -20,33 +24,11 @@ END_S = 60.0
 """How long a run may go on after the death of one of its processes, unless it finishes its night."""
 
 
-@pytest.fixture(scope="module")
-def undisturbed(taken_in: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Receipts of a night that nothing disturbed."""
-    root = Path(shutil.copytree(taken_in, tmp_path_factory.mktemp("undisturbed") / "root"))
-    command = Command(*nightly(), root=root)
-    try:
-        assert command.wait() == 0, command.err
-    finally:
-        command.end()
-    return receipts(root)
-
-
-def finished(vnet: Start, root: Path, undisturbed: dict[str, Any]) -> None:
-    """Run the night again: everything is there, once, with the bytes of an undisturbed night."""
-    again = vnet(*nightly(), root=root)
-    assert again.wait() == 0, again.err
-    assert rows(root).keys() == undisturbed.keys()
-    assert receipts(root) == undisturbed
-    for path in root.glob("results/many/*/*/receipt.json"):
-        assert Root(root).damaged(path.parent.relative_to(root).as_posix()) == []
-    assert Root(root).names("leases") == []
-
-
-@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.fault("F7")
 @pytest.mark.parametrize("point", POINTS)
 def test_a_process_that_dies_at_a_point_costs_no_case(
-    vnet: Start, taken_in: Path, undisturbed: dict[str, Any], tmp_path: Path, point: str
+    vnet: Start, taken_in: Path, tiny_receipts: dict[str, Any], tmp_path: Path, point: str
 ) -> None:
     root = Path(shutil.copytree(taken_in, tmp_path / "root"))
     number = 3 if point in ("night:settled", "segment:sealed", "preprocess:sealed") else 1
@@ -58,13 +40,14 @@ def test_a_process_that_dies_at_a_point_costs_no_case(
     survived = not point.startswith("night:")
     assert survived or time.monotonic() - died < END_S
     until(command.over, END_S)
-    finished(vnet, root, undisturbed)
+    finished(vnet, root, tiny_receipts)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.fault("F8")
 @pytest.mark.parametrize("masks", [0, 2, CASES - 1])
 def test_a_prefect_server_that_dies_costs_no_case(
-    vnet: Start, taken_in: Path, undisturbed: dict[str, Any], tmp_path: Path, masks: int
+    vnet: Start, taken_in: Path, tiny_receipts: dict[str, Any], tmp_path: Path, masks: int
 ) -> None:
     root = Path(shutil.copytree(taken_in, tmp_path / "root"))
     command = vnet(*nightly(), root=root)
@@ -75,7 +58,7 @@ def test_a_prefect_server_that_dies_costs_no_case(
     died = time.monotonic()
     command.wait(END_S)
     until(command.over, END_S - (time.monotonic() - died) + 1)
-    finished(vnet, root, undisturbed)
+    finished(vnet, root, tiny_receipts)
 
 
 def test_a_point_acts_at_the_passage_that_was_named_and_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -88,3 +71,15 @@ def test_a_point_acts_at_the_passage_that_was_named_and_once(monkeypatch: pytest
     monkeypatch.setenv("VNET_FAIL", "segment:nowhere:1:kill")
     with pytest.raises(ConfigError, match="segment:nowhere:1:kill"):
         fail_point("segment:read")
+
+
+def test_what_is_made_at_a_point_is_logged_even_where_the_process_is_killed_there(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    passes = "from workers.failpoints import fail_point\nfail_point('night:begun')\nfail_point('segment:read', 'a/b')\n"
+    env = environment() | {"VNET_FAIL_LOG": str(log), "VNET_FAIL": "segment:read:1:kill"}
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", passes], cwd=REPOSITORY, env=env)
+        assert done.returncode == -signal.SIGKILL
+    lines = [line.split(" ") for line in log.read_text("utf-8").splitlines()]
+    assert [line[:2] for line in lines] == [["segment:read", "a/b"]] * 2
+    assert 0 < int(lines[0][2]) < int(lines[1][2]) <= time.time_ns()

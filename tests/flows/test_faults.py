@@ -96,6 +96,7 @@ def undisturbed(many: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 # --- kills and interruptions
 
 
+@pytest.mark.fault("F7", "F10")
 def test_a_night_killed_and_interrupted_goes_on_to_the_same_bytes(vnet, many: Path, undisturbed, tmp_path) -> None:
     root = copy(many, tmp_path / "vnet-data")
     had = volumes(root)
@@ -139,6 +140,7 @@ def test_a_night_killed_and_interrupted_goes_on_to_the_same_bytes(vnet, many: Pa
     until(lambda: not killed.left(), 90)
 
 
+@pytest.mark.fault("F2", "F5")
 def test_a_dead_worker_of_dask_and_a_dead_actor_of_ray_lose_no_case(vnet, many: Path, undisturbed, tmp_path) -> None:
     root = copy(many, tmp_path / "vnet-data")
     had = volumes(root)
@@ -212,6 +214,7 @@ def largest_difference(first: dict[str, np.ndarray], second: dict[str, np.ndarra
     return max(float(np.abs(first[name] - second[name]).max()) for name in first)
 
 
+@pytest.mark.fault("F27")
 def test_a_killed_training_goes_on_from_its_checkpoint(vnet, training, whole_training: Path) -> None:
     root, arguments = training
     killed = vnet(*arguments, "--model", "killed", root=root)
@@ -312,6 +315,7 @@ def tmpfs(folder: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.fault("F13")
 def test_a_root_on_a_read_only_disk_is_told_before_anything_starts(vnet, tmp_path: Path) -> None:
     with tmpfs(tmp_path / "disk", "size=1m,ro") as disk:
         command = vnet(*night(), root=disk / "vnet-data")
@@ -321,6 +325,7 @@ def test_a_root_on_a_read_only_disk_is_told_before_anything_starts(vnet, tmp_pat
         assert "Traceback" not in command.err
 
 
+@pytest.mark.fault("F11")
 def test_a_full_disk_is_told_and_the_same_command_finishes_after_it_was_enlarged(
     vnet, many: Path, undisturbed, tmp_path: Path
 ) -> None:

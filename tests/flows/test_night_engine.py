@@ -10,11 +10,11 @@ import pytest
 
 from tests.flows.command import Command, receipts, until
 from tests.flows.conftest import TINY_CASES as CASES
+from tests.flows.conftest import nightly, rows
 from tests.workers.tiny_cohort import write_scan
 from workers import attempts
 from workers.events_log import read_events
 from workers.nights import load_night, records
-from workers.report import read_rows
 from workers.store import Root
 
 Start = Callable[..., Command]
@@ -23,16 +23,6 @@ Start = Callable[..., Command]
 @pytest.fixture
 def root(taken_in: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(taken_in, tmp_path / "root"))
-
-
-def nightly(*options: str) -> list[str]:
-    return ["nightly", "--cohort", "many", "--model", "known", "--json", *options]
-
-
-def rows(root: Path) -> dict[str, str]:
-    """State of every case in the newest night."""
-    newest = records(Root(root), "many")[-1]
-    return {row["case"]: row["state"] for row in read_rows(Root(root), "many", newest)}
 
 
 def test_what_a_night_would_do_is_said_before_and_true(vnet: Start, root: Path, taken_in: Path) -> None:
@@ -73,6 +63,7 @@ def test_what_a_night_would_do_is_said_before_and_true(vnet: Start, root: Path, 
         (scans / "case3.nii").write_bytes(kept)
 
 
+@pytest.mark.fault("F24")
 def test_two_runs_at_once_do_every_case_once(vnet: Start, root: Path) -> None:
     both = [vnet(*nightly(), root=root) for _ in range(2)]
     for command in both:
@@ -143,6 +134,7 @@ def test_a_night_without_time_carries_everything_over(vnet: Start, root: Path) -
     assert datetime.fromisoformat(newest.ended) >= datetime.fromisoformat(newest.started)
 
 
+@pytest.mark.fault("F10")
 def test_an_interrupted_night_has_a_row_for_every_case(vnet: Start, root: Path) -> None:
     command = vnet(*nightly(), root=root, VNET_FAIL="segment:computed:3:sleep")
     command.until(lambda: len(receipts(root)) >= 2)

@@ -16,6 +16,7 @@ import pytest
 
 from tests.flows.command import until
 from vnet_core.errors import StorageError
+from workers import leases
 from workers.leases import GRACE_S, Claim, Run, check, is_alive, run, sweep
 from workers.store import Root
 
@@ -34,6 +35,7 @@ def heard_of(root: Root, run_id: str, seconds_ago: float, host: str = "elsewhere
     return Run(root, run_id)
 
 
+@pytest.mark.fault("F24")
 def test_of_two_runs_one_gets_the_work_and_the_other_after_it_is_given_back(root: Root) -> None:
     with run(root) as first, run(root) as second:
         claim = first.claim(WORK)
@@ -52,6 +54,7 @@ def test_other_work_is_free(root: Root) -> None:
         assert second.claim(f"{WORK}4")
 
 
+@pytest.mark.fault("F24")
 def test_of_many_threads_exactly_one_gets_it(root: Root) -> None:
     runs = [heard_of(root, f"run{n}", 0) for n in range(8)]
     start = threading.Barrier(8)
@@ -93,6 +96,7 @@ def test_a_run_of_this_machine_is_dead_as_soon_as_its_process_is(root: Root) -> 
     assert not is_alive(root, "near")
 
 
+@pytest.mark.fault("F25")
 def test_a_dead_run_is_taken_over_and_must_not_publish_when_it_wakes(root: Root) -> None:
     asleep = heard_of(root, "asleep", 0)
     old = asleep.claim(WORK)
@@ -129,6 +133,7 @@ def claim_and_wait(folder: str, ready: "multiprocessing.synchronize.Event") -> N
         signal.pause()
 
 
+@pytest.mark.fault("F25")
 def test_a_killed_process_leaves_a_claim_that_the_next_run_takes_over_at_once(root: Root) -> None:
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
@@ -158,6 +163,40 @@ def test_what_dead_runs_left_is_swept_away_and_what_live_ones_hold_stays(root: R
     assert [f"leases/{name}" for name in root.names("leases")] == [kept.key]
     with pytest.raises(StorageError):
         check(root, old)
+
+
+class Jumped(datetime):
+    """The system's clock after somebody has set it."""
+
+    by = timedelta()
+
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.now(tz) + cls.by
+
+
+@pytest.mark.fault("F23")
+@pytest.mark.parametrize("days", [-1, 1])
+def test_a_clock_that_jumps_by_a_day_lets_no_two_runs_publish(
+    root: Root, monkeypatch: pytest.MonkeyPatch, days: int
+) -> None:
+    far = heard_of(root, "far", 0)
+    first = far.claim(WORK)
+    assert first is not None
+    monkeypatch.setattr(leases, "datetime", Jumped)
+    monkeypatch.setattr(Jumped, "by", timedelta(days=days))
+    with run(root) as own:
+        second = own.claim(WORK)
+        # back: it is alive for a day longer. forward: it seems dead, and is fenced
+        assert (second is None) is (days < 0)
+        allowed = []
+        for claim in filter(None, (first, second)):
+            try:
+                check(root, claim)
+            except StorageError:
+                continue
+            allowed.append(claim)
+        assert allowed == [second or first]
 
 
 def test_a_claim_holds_only_its_runs_id(root: Root) -> None:

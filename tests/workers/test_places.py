@@ -97,6 +97,7 @@ def test_more_objects_than_one_page_of_a_listing(root):
     assert not root.exists("many")
 
 
+@pytest.mark.fault("F24")
 def test_of_many_that_create_at_once_one_is_told_so(root):
     barrier = threading.Barrier(16)
 
@@ -172,6 +173,7 @@ def test_probe_leaves_nothing_and_a_root_opens_by_its_url_elsewhere(root):
     assert json.loads(root.get("a.json")) == {"ü": 1}
 
 
+@pytest.mark.fault("F21")
 def test_who_may_only_read_is_refused_by_name_before_any_work(writable_store, monkeypatch):
     url = writable_store.new_root()
     Root(url).put("a", b"1")
@@ -184,6 +186,7 @@ def test_who_may_only_read_is_refused_by_name_before_any_work(writable_store, mo
     assert "AccessDenied" in str(told.value)
 
 
+@pytest.mark.fault("F21")
 def test_a_wrong_secret_is_refused_and_repeated_nowhere(writable_store, monkeypatch):
     url = writable_store.new_root()
     use_identity(writable_store, monkeypatch, (WRITER[0], "a-wrong-secret"))
@@ -203,6 +206,7 @@ def test_a_bucket_that_is_not_there_is_named(writable_store, monkeypatch):
     assert told.value.code == "store.no-bucket"
 
 
+@pytest.mark.fault("F16")
 def test_a_store_that_does_not_answer_is_named_after_a_bounded_time(writable_store, monkeypatch):
     monkeypatch.setattr(buckets, "RETRY_S", 1.0)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")

@@ -185,6 +185,7 @@ def test_a_put_over_a_folder_leaves_the_folder(root):
     assert everything_under(root.home) == ["a/x/y"]
 
 
+@pytest.mark.fault("F11")
 def test_a_full_disk_is_told_and_keeps_what_it_held(tmp_path):
     with tmpfs(tmp_path / "small", "size=64k") as root:
         root.put("a/x", b"old" * 100)
@@ -199,6 +200,7 @@ def test_a_full_disk_is_told_and_keeps_what_it_held(tmp_path):
         root.put("b", b"fits")
 
 
+@pytest.mark.fault("F12")
 def test_a_disk_without_room_for_the_root_itself_is_full_too(tmp_path):
     with tmpfs(tmp_path / "small", "size=64k,nr_inodes=3") as parent:
         for name in ("a", "b"):
@@ -233,6 +235,7 @@ def test_probe_finds_a_root_under_a_file(tmp_path):
     assert "VNET_ROOT" in str(caught.value)
 
 
+@pytest.mark.fault("F13")
 def test_probe_finds_a_file_system_that_is_read_only(tmp_path):
     with tmpfs(tmp_path / "frozen", "size=64k,ro") as root, pytest.raises(StorageError) as caught:
         root.probe()
@@ -248,6 +251,7 @@ def test_probe_finds_a_full_disk(tmp_path):
             root.probe()
 
 
+@pytest.mark.fault("F22")
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="file handles have no names on this system")
 def test_bytes_are_on_the_disk_before_their_name_and_the_name_before_put_returns(root, monkeypatch):
     """The order that a power cut needs; every call goes through to the system."""
@@ -257,7 +261,8 @@ def test_bytes_are_on_the_disk_before_their_name_and_the_name_before_put_returns
 
     def synced(handle: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{handle}"))
-        order.append(("sync", "folder" if path == root.home / "a" else path.name[:5]))
+        folders = {root.home / "a": "folder", root.home: "root"}
+        order.append(("sync", folders.get(path, path.name[:5])))
         fsync(handle)
 
     def renamed(source, target) -> None:
@@ -269,9 +274,12 @@ def test_bytes_are_on_the_disk_before_their_name_and_the_name_before_put_returns
     root.put("a/x", b"new")
     assert order == [("sync", ".put-"), ("rename", "x"), ("sync", "folder")]
     order.clear()
+    root.put("b/c/x", b"new")
+    assert order[:2] == [("sync", "b"), ("sync", "root")], "names of new folders first"
+    order.clear()
     root.seal("a", {})
-    assert order[:2] == [("sync", "x"), ("sync", "folder")]
-    assert order[2:] == [("sync", ".put-"), ("rename", RECEIPT), ("sync", "folder")]
+    assert order[:3] == [("sync", "x"), ("sync", "folder"), ("sync", "root")]
+    assert order[3:] == [("sync", ".put-"), ("rename", RECEIPT), ("sync", "folder")]
 
 
 # --- readers and writers at the same time
@@ -307,6 +315,7 @@ def test_writers_of_one_key_at_once_leave_one_whole_object(root):
     assert everything_under(root.home) == ["deep/er/x"]
 
 
+@pytest.mark.fault("F7")
 def test_a_kill_leaves_a_whole_object_and_no_name(root):
     program = (
         "import sys; from workers.store import Root\n"

@@ -1,0 +1,217 @@
+"""The catalogue of faults: what is injected, what must happen, and what was seen, in one run of the tests that do it.
+
+    python -m benchmarks.faults --page docs/faults.md
+
+Tests name their faults by ``@pytest.mark.fault("F7")``; those that take long are marked ``faults`` too. All of them are
+run, and the table is printed and written to a results file; ``--page`` writes it into a page of the documentation as
+well. Ends with 1 where a test failed or a fault has none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.machine import RESULTS, provenance, tell
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- table of faults: begin -->", "<!-- table of faults: end -->"
+"""Of the table in a page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One row of the catalogue."""
+
+    number: str
+    injected: str
+    expected: str
+
+
+FAULTS = tuple(
+    Fault(f"F{number}", injected, expected)
+    for number, (injected, expected) in enumerate(
+        (
+            ("kill -9 of a Ray task's worker", "told or tried again; what was done is kept"),
+            ("kill -9 of a segmenting actor", "replaced; its cases are tried again"),
+            ("kill -9 of Ray's node (raylet)", "the night ends within 60 s and says so; the next finishes it"),
+            ("kill -9 of Ray's control store (GCS)", "the night ends within 60 s and says so; the next finishes it"),
+            ("kill -9 of a Dask worker, nanny or scheduler", "only what is not published is done again"),
+            ("a case that kills its worker", "it alone fails; its neighbours are done"),
+            ("kill -9 of every process at every fail point", "the next night finishes with the same bytes"),
+            ("kill -9 of Prefect's server", "finished, or ended within 60 s; the next night finishes it"),
+            ("Prefect's database locked, corrupt, read-only", "told before any work, or no result changes"),
+            ("SIGTERM, Ctrl-C, Ctrl-C twice", "everything has ended within 30 s; the next night finishes it"),
+            ("disk full", "`store.full`, nothing torn; finished once it is enlarged"),
+            ("no inodes, quota used up, EIO", "`store.full` or the system's error; what was acknowledged is whole"),
+            ("read-only root or folder", "`store.unwritable` before any work, or a failed row for every case"),
+            ("no memory for a task", "`engine.memory` for the case; the next goes on"),
+            ("small /dev/shm", "a whole night"),
+            ("S3 answers 500 or 503, now and then or always", "asked again; `store.unavailable` after a bounded time"),
+            ("S3 hangs, resets, cuts, lies about length, flips", "asked again or named; never half an object"),
+            ("the answer to a PUT is lost", "one object, one winner"),
+            ("kill -9 in an upload of many parts", "no object; the parts are found and removed"),
+            ("kill -9 and restart of the S3 server", "writers wait; every acknowledged object is there"),
+            ("wrong or read-only credentials", "`store.denied` before any work; no secret in any text"),
+            ("power cut", "files and folders are synced before the receipt has its name"),
+            ("the clock jumps by an hour or a day", "no two runs publish; no negative durations"),
+            ("two runs of one cohort", "every case is done once"),
+            ("a dead or stopped run holds a claim", "taken over; it publishes nothing when it wakes"),
+            ("loss that is not finite", "steps are left out, or `train.diverged`; good weights are kept"),
+            ("kill in a training, damaged checkpoint", "goes on from the last whole one, to the same weights"),
+            ("a training worker dies or hangs", "the group starts again from its checkpoint"),
+            ("GPU out of memory, device error", "smaller tiles, then named; a broken actor is replaced"),
+            ("a straggler is stopped", "taken over or waited for; nothing is published twice"),
+            ("a scan goes or changes between the stages", "refused; no mask"),
+            ("a volume is damaged, an unfinished chunk planted", "not used; made again"),
+            ("plan or model change between run and resume", "results of their own; none is mixed"),
+            ("standard output or error closed or full", "no traceback; the work is done"),
+            ("few open files or processes", "told before any work"),
+        ),
+        start=1,
+    )
+)
+
+
+@dataclass
+class Seen:
+    """What the tests of one fault came to."""
+
+    tests: list[str] = field(default_factory=list)
+    outcomes: list[str] = field(default_factory=list)
+    """passed, failed or skipped, by test."""
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    """Longest time from the fault to the end where a test measured it, else of a whole test."""
+    measured: bool = False
+
+
+class Recorder:
+    """A plugin of pytest that keeps what the tests of faults came to."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Seen] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+        """After every phase of every test."""
+        report = yield
+        if report.when == "call" or report.outcome != "passed":
+            for marker in item.iter_markers("fault"):
+                for number in marker.args:
+                    self._add(self.seen.setdefault(number, Seen()), item, report)
+        return report
+
+    def _add(self, seen: Seen, item: pytest.Item, report: pytest.TestReport) -> None:
+        facts = dict(item.user_properties)
+        place = item.nodeid.partition("[")[0]
+        if place not in seen.tests:
+            seen.tests.append(place)
+        seen.outcomes.append(report.outcome)
+        if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
+            facts["seen"] = f"left out: {report.longrepr[2].removeprefix('Skipped: ')}"
+        if "seen" in facts and facts["seen"] not in seen.notes:
+            seen.notes.append(str(facts["seen"]))
+        if "seconds" in facts:
+            longest = seen.seconds if seen.measured else 0.0
+            seen.seconds, seen.measured = max(longest, float(facts["seconds"])), True
+        elif not seen.measured:
+            seen.seconds = max(seen.seconds, report.duration)
+
+
+def main() -> int:
+    options = arguments()
+    recorder = Recorder()
+    code = pytest.main(["-m", "fault", "-p", "no:cacheprovider", *options.pytest], plugins=[recorder])
+    lines = ["# Faults", "", *table(recorder.seen), "", *provenance("pytest", "prefect", "ray", "dask", "obstore")]
+    target = options.output or RESULTS / f"faults_{options.hardware}_{datetime.now(UTC):%Y%m}.md"
+    tell(lines, target)
+    if options.page:
+        text = options.page.read_text("utf-8")
+        options.page.write_text(with_table(text, table(recorder.seen)), "utf-8")
+    missing = [fault.number for fault in FAULTS if fault.number not in recorder.seen]
+    if missing:
+        print("no test: " + ", ".join(missing))
+    return 1 if code or missing else 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hardware", default="2-cores", help="part of the results file's name")
+    parser.add_argument("--output", type=Path, help="results file (default: benchmarks/results/faults_...)")
+    parser.add_argument("--page", type=Path, help="page of the documentation whose table is written anew")
+    parser.add_argument("pytest", nargs="*", help="further arguments of pytest, after --")
+    return parser.parse_args()
+
+
+def table(seen: Mapping[str, Seen]) -> list[str]:
+    """The rows, by number."""
+    named = marked()
+    lines = [
+        "| fault | injected | must happen | seen | seconds to the end | shown by |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for fault in FAULTS:
+        found = seen.get(fault.number, Seen())
+        cells = (
+            fault.number,
+            fault.injected,
+            fault.expected,
+            _seen(found, fault.number in named),
+            _seconds(found),
+            _shown(found.tests),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _seen(found: Seen, has_test: bool) -> str:
+    if not found.tests:
+        return "not in this run" if has_test else "no test yet"
+    counts = {outcome: found.outcomes.count(outcome) for outcome in ("failed", "passed", "skipped")}
+    words = "passed" if counts["passed"] == len(found.outcomes) else _counted(counts)
+    return "; ".join([words, *found.notes]).replace("|", "\\|")
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {outcome}" for outcome, number in counts.items() if number)
+
+
+def _seconds(found: Seen) -> str:
+    if not found.tests:
+        return ""
+    return f"{found.seconds:.1f}" if found.measured else f"{found.seconds:.1f} (whole test)"
+
+
+def _shown(tests: Iterable[str]) -> str:
+    """Modules of the tests."""
+    files = dict.fromkeys(test.partition("::")[0].removeprefix("tests/") for test in tests)
+    return ", ".join(f"`{file}`" for file in files)
+
+
+def with_table(text: str, lines: Sequence[str]) -> str:
+    """A page with its table written anew."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return "\n".join([before + BEGIN, *lines, END + after])
+
+
+def marked() -> set[str]:
+    """Numbers that tests name, read from their sources."""
+    found = set()
+    for path in (REPOSITORY / "tests").rglob("test_*.py"):
+        for names in re.findall(r"mark\.fault\(([^)]*)\)", path.read_text("utf-8")):
+            found |= set(re.findall(r"F\d+", names))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The catalogue of faults and its page agree with the tests that name them."""
+
+from benchmarks.faults import BEGIN, END, FAULTS, Recorder, Seen, marked, table, with_table
+from tests.walkthrough import REPOSITORY
+
+pytest_plugins = ["pytester"]
+
+TWO = """
+import pytest
+@pytest.mark.fault("F1", "F2")
+def test_seen(record_property):
+    record_property("seen", "this")
+    record_property("seconds", 2.5)
+@pytest.mark.fault("F2")
+def test_left_out():
+    pytest.skip("no tool")
+@pytest.mark.fault("F3")
+def test_wrong():
+    assert 1 == 2
+"""
+
+
+def test_every_number_that_a_test_names_is_in_the_catalogue() -> None:
+    assert [fault.number for fault in FAULTS] == [f"F{number}" for number in range(1, 36)]
+    assert marked() <= {fault.number for fault in FAULTS}
+
+
+def test_the_page_has_a_row_for_every_fault() -> None:
+    text = (REPOSITORY / "docs" / "faults.md").read_text("utf-8")
+    rows = [line for line in text.partition(BEGIN)[2].partition(END)[0].splitlines() if line.startswith("| F")]
+    assert [row.split(" | ")[:3] for row in rows] == [
+        [f"| {fault.number}", fault.injected, fault.expected] for fault in FAULTS
+    ]
+    untested = {fault.number for fault in FAULTS} - marked()
+    assert {row.split(" | ")[0].strip("| ") for row in rows if "no test yet" in row} == untested
+
+
+def test_what_a_run_came_to_is_a_row(pytester) -> None:
+    pytester.makepyfile(TWO)
+    pytester.makeini("[pytest]\nmarkers = fault(number): one")
+    recorder = Recorder()
+    pytester.inline_run(plugins=[recorder])
+    assert recorder.seen.keys() == {"F1", "F2", "F3"}
+    rows = table(recorder.seen)[2:]
+    assert "| passed; this | 2.5 |" in rows[0]
+    assert "| 1 passed, 1 skipped; this; left out: no tool | 2.5 |" in rows[1]
+    assert "| 1 failed |" in rows[2]
+    assert "not in this run" in rows[3]
+    assert "a | b" not in "".join(table({"F4": Seen(["t"], ["passed"], ["a | b"])}))
+    text = with_table(f"# Page\n{BEGIN}\nold\n{END}\nafter\n", ["| new |"])
+    assert text == f"# Page\n{BEGIN}\n| new |\n{END}\nafter\n"
