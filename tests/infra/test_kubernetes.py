@@ -3,11 +3,13 @@
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
+import psutil
 import pytest
 import yaml
 
@@ -147,6 +149,17 @@ def test_the_programs_know_what_they_are_told(overlay: list[Manifest], secrets: 
                 assert name in ("postgres", "vnet-ray"), name
     assert told == 4
     cluster = named(overlay)["RayCluster/vnet-ray"]["spec"]
+    (head,), (worker,) = (
+        group["template"]["spec"]["containers"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    )
+    for probe in ("readinessProbe", "livenessProbe"):
+        # without them the operator adds its own, which need more of Ray than the image has
+        read(head[probe]["exec"]["command"])
+        python, option, program = worker[probe]["exec"]["command"]
+        assert (python, option) == ("python", "-c")
+        own = repr(psutil.Process().name())
+        assert subprocess.run([sys.executable, "-c", program.replace("'raylet'", own)]).returncode == 0
+        assert subprocess.run([sys.executable, "-c", program.replace("'raylet'", "'no-such'")]).returncode == 1
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         # as the operator writes them
         read(["ray", "start", *(f"--{key}={value}" for key, value in group["rayStartParams"].items())])
