@@ -35,12 +35,13 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --editable .
 	touch $(READY)
 
-# Resolve again after a change of pyproject.toml: a fresh environment, frozen.
+# Resolve again after a change of pyproject.toml: a fresh environment, frozen; and the part of it that images need.
 lock:
 	rm -rf build/lock-venv
 	$(PYTHON) -m venv build/lock-venv
 	build/lock-venv/bin/pip install --disable-pip-version-check '.[test]'
 	build/lock-venv/bin/pip freeze --exclude vnet-cohort | sed 's/+cpu$$//' > requirements.lock
+	build/lock-venv/bin/python infra/runtime_lock.py > requirements-run.lock
 	rm -rf build
 
 clean:

@@ -1,4 +1,4 @@
-"""The Prefect server of this machine: API and UI over SQLite on 127.0.0.1, started, found, stopped.
+"""The Prefect server of this machine: API and UI on 127.0.0.1, over SQLite or what is named; started, found, stopped.
 
 Prefect reads its settings from the environment when it is imported, so nothing here imports it before it has to run.
 
@@ -43,6 +43,14 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 HEALTH_TIMEOUT_S = 2.0
 REQUEST_TIMEOUT_S = 30.0
+UNAUTHORIZED = 401
+DATABASE_ELSEWHERE = (
+    "PREFECT_API_DATABASE_CONNECTION_URL",
+    "PREFECT_SERVER_DATABASE_CONNECTION_URL",
+    "PREFECT_API_DATABASE_HOST",
+    "PREFECT_SERVER_DATABASE_HOST",
+)
+"""Variables of which one is set when a server's database is not the file in its home, such as in PostgreSQL."""
 HEARTBEAT_S = 30
 """How often a run tells the server that it lives; Prefect allows no shorter pause."""
 UI_POLICY = "; ".join(
@@ -228,17 +236,20 @@ def local_api(home: Path) -> Iterator[LocalApi]:
 
 
 def check_api(url: str, timeout_s: float) -> None:
-    """Return when a Prefect API answers at ``url`` (it ends in ``/api``) within ``timeout_s``.
+    """Return when a Prefect API answers at ``url`` (it ends in ``/api``) within ``timeout_s``, and answers us.
 
-    Raises EngineError ``prefect.unreachable`` naming the address.
+    Raises EngineError ``prefect.unreachable`` naming the address, and ``prefect.refused`` when it wants another
+    PREFECT_API_AUTH_STRING.
     """
     answer: Future[bytes] = Future()
 
     def ask() -> None:
         try:
-            # whoever runs the program names the address
-            with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=timeout_s) as response:  # noqa: S310
-                answer.set_result(response.read(64))
+            health = _read(f"{url.rstrip('/')}/health", timeout_s)
+            if health == b"true":
+                # the one question that it answers everybody is how it does
+                _read(f"{url.rstrip('/')}/admin/version", timeout_s)
+            answer.set_result(health)
         except (OSError, ValueError, http.client.HTTPException) as error:
             answer.set_exception(error)
 
@@ -251,6 +262,8 @@ def check_api(url: str, timeout_s: float) -> None:
     except TimeoutError:
         reason = f"no answer within {timeout_s:g} s"
     except urllib.error.HTTPError as error:
+        if error.code == UNAUTHORIZED:
+            raise _refused(url) from None
         reason = str(error)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = str(getattr(error, "reason", error))
@@ -258,6 +271,29 @@ def check_api(url: str, timeout_s: float) -> None:
         "prefect.unreachable",
         f"the Prefect API at {url} does not answer ({reason}); start it, correct PREFECT_API_URL or the site file"
         " (the address ends in /api), or leave it out to use this machine",
+    )
+
+
+def _read(url: str, timeout_s: float) -> bytes:
+    """The first bytes that a GET is answered with."""
+    # whoever runs the program names the address
+    request = urllib.request.Request(url, headers=_authorization())  # noqa: S310
+    with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310
+        return bytes(response.read(64))
+
+
+def _authorization() -> dict[str, str]:
+    """The header that names this process to an API with authentication; none without PREFECT_API_AUTH_STRING."""
+    secret = os.environ.get("PREFECT_API_AUTH_STRING")
+    return {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"} if secret else {}
+
+
+def _refused(url: str) -> EngineError:
+    given = "the PREFECT_API_AUTH_STRING of this process" if _authorization() else "requests without a login"
+    return EngineError(
+        "prefect.refused",
+        f"the Prefect API at {url} refuses {given}; set PREFECT_API_AUTH_STRING to what the server has in"
+        " PREFECT_SERVER_API_AUTH_STRING",
     )
 
 
@@ -368,8 +404,11 @@ def _close_orphans(server: ServerProcess, home: Path) -> None:
     """Set the runs of processes that were killed to Crashed.
 
     Prefect leaves such a run ``Running`` for ever, and its concurrency slot then refuses the next scheduled run. Runs
-    report to a server of their home, so where this is the only one, no run can be under way.
+    report to a server of their home, so where this is the only one, no run can be under way. A database elsewhere
+    may serve runs of other machines: there the automation for dead runs does it.
     """
+    if any(os.environ.get(name) for name in DATABASE_ELSEWHERE):
+        return
     if any(record.pid != server.pid for record in _records(home)):
         return
     state = {
@@ -386,16 +425,19 @@ def _close_orphans(server: ServerProcess, home: Path) -> None:
 
 
 def post(url: str, body: dict[str, Any], timeout_s: float = REQUEST_TIMEOUT_S) -> Any:
-    """What a Prefect API answers to a request with JSON; EngineError ``prefect.unreachable`` when it does not."""
-    headers = {"Content-Type": "application/json"}
-    if secret := os.environ.get("PREFECT_API_AUTH_STRING"):
-        headers["Authorization"] = f"Basic {base64.b64encode(secret.encode()).decode()}"
+    """What a Prefect API answers to a request with JSON.
+
+    Raises EngineError ``prefect.unreachable``, and ``prefect.refused`` as :func:`check_api`.
+    """
+    headers = {"Content-Type": "application/json", **_authorization()}
     # the address is that of check_api
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310
     try:
         with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310
             return json.load(response)
     except OSError as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code == UNAUTHORIZED:
+            raise _refused(url) from None
         raise EngineError("prefect.unreachable", f"the Prefect API at {url} does not answer ({error})") from error
 
 

@@ -31,6 +31,8 @@ NODE = ("gcs_server", "raylet")
 """Processes without which a Ray node does nothing."""
 GPU_MEMORY_GIB = 16.0
 """Taken for a GPU that cannot be asked."""
+CPU_SHARE = Path("/sys/fs/cgroup/cpu.max")
+"""What a container of Docker or Kubernetes sees of its limit of cores."""
 ENCRYPTED = ("tls", "wss")
 """Schemes whose servers are silent until they are greeted in their own way."""
 
@@ -40,8 +42,22 @@ _own_node: list[psutil.Process] = []
 
 
 def processors() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores that this process may use: those it may run on, or the share of them that its container gets."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        share = granted_cores(CPU_SHARE.read_text("ascii"))
+    except OSError:
+        share = None
+    return min(allowed, share or allowed)
+
+
+def granted_cores(text: str) -> int | None:
+    """Whole cores that a file ``cpu.max`` of a control group grants, at least one; None: no limit.
+
+    It holds the microseconds of work in each period, or ``max``, and the microseconds of the period.
+    """
+    quota, _, period = text.partition(" ")
+    return None if quota == "max" else max(1, int(quota) // int(period))
 
 
 def gpu_memory_gib() -> float:

@@ -7,7 +7,8 @@ import tomllib
 import pytest
 
 from vnet_core.errors import ConfigError
-from workers.clusters import Engines, processors
+from workers import clusters
+from workers.clusters import Engines, granted_cores, processors
 from workers.rules import NightRules
 from workers.site import Nightly, Site, load_site
 
@@ -190,3 +191,19 @@ def test_processors_are_those_this_process_may_use():
     finally:
         os.sched_setaffinity(0, allowed)
     assert processors() == len(allowed)
+
+
+def test_a_container_with_a_limit_of_cores_has_no_more(tmp_path, monkeypatch):
+    told = tmp_path / "cpu.max"
+    monkeypatch.setattr(clusters, "CPU_SHARE", told)
+    free = processors()
+    for text, cores in (
+        ("max 100000\n", free),
+        ("100000 100000\n", 1),
+        ("50000 100000\n", 1),
+        ("9999900000 100000\n", free),
+    ):
+        told.write_text(text)
+        assert processors() == cores, text
+    assert granted_cores("250000 100000\n") == 2, "half a core computes for nobody"
+    assert granted_cores("max 100000\n") is None
