@@ -301,9 +301,9 @@ def _attended(work: Callable[[], None], ask_to_stop: Callable[[], None]) -> None
 def _fit_together(root: Root, runs: Sequence[Run], engines: Engines) -> None:
     """One network by a group of Ray Train workers, as many as there is room for in the range of the engines."""
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
-    from workers.training_losses import Losses
+    from workers.training_losses import Losses, NoticedTorchConfig
     from workers.training_seats import train_worker
 
     (run,) = runs
@@ -315,7 +315,7 @@ def _fit_together(root: Root, runs: Sequence[Run], engines: Engines) -> None:
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=config,
-        torch_config=TorchConfig(timeout_s=math.ceil(engines.train_hang_s)),
+        torch_config=NoticedTorchConfig(timeout_s=math.ceil(engines.train_hang_s)),
         scaling_config=ray_train.ScalingConfig(
             num_workers=least if least == most else (least, most),
             use_gpu=engines.gpus_per_worker > 0,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ ALONE = Share(0, 1)
 DEPARTURE_SECONDS = 20.0
 """How long a process that was told to end waits for a checkpoint; Kubernetes and Slurm kill after 30 seconds."""
 
+_DEPARTURE = Departure()
+"""That of this process, where it is a worker of Ray Train; such a process has one training in its life."""
+
 
 def train_worker(config: dict[str, Any]) -> None:
     """The function that Ray Train runs on every worker; ``config`` is a Run as a mapping."""
@@ -28,15 +32,17 @@ def train_worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     context = ray.train.get_context()
-    with _at_exit() as departure:
-        seat = Seat(
-            Share(context.get_world_rank(), context.get_world_size()),
-            ray.train.torch.get_device(),
-            lambda network: ray.train.torch.prepare_model(network, move_to_device=False),
-            departure,
-            lambda: ray.train.get_preemption_info() is not None,
-        )
+    seat = Seat(
+        Share(context.get_world_rank(), context.get_world_size()),
+        ray.train.torch.get_device(),
+        lambda network: ray.train.torch.prepare_model(network, move_to_device=False),
+        _DEPARTURE,
+        lambda: ray.train.get_preemption_info() is not None,
+    )
+    try:
         fit(Run(**config), seat)
+    finally:
+        _DEPARTURE.answer()
 
 
 def fit_alone(config: dict[str, Any]) -> None:
@@ -63,24 +69,20 @@ def fit(run: Run, seat: Seat) -> None:
         raise
 
 
-@contextmanager
-def _at_exit() -> Iterator[Departure]:
-    """A departure that the end of this process asks for and waits for.
+def leave_with_notice() -> None:
+    """Have SIGTERM wait for a checkpoint of this process's training before it ends the process; in the main thread.
 
-    Ray Train runs a worker in a thread beside the main one, where SIGTERM begins the end of the process.
+    Ray Train runs a worker in a thread beside the main one, which cannot hear signals.
     """
-    departure = Departure()
+    before = signal.getsignal(signal.SIGTERM)
 
-    def leave() -> None:
-        departure.asked.set()
-        departure.answered.wait(DEPARTURE_SECONDS)
+    def leave(number: int, frame: FrameType | None) -> None:
+        _DEPARTURE.asked.set()
+        _DEPARTURE.answered.wait(DEPARTURE_SECONDS)
+        signal.signal(signal.SIGTERM, before)
+        os.kill(os.getpid(), number)
 
-    atexit.register(leave)
-    try:
-        yield departure
-    finally:
-        departure.answered.set()
-        atexit.unregister(leave)
+    signal.signal(signal.SIGTERM, leave)
 
 
 class _Ending(Departure):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -34,18 +35,16 @@ def validated_beside(root: Root, runs: Sequence[Run], engines: Engines, on_valid
     Where the block is left by an exception, the rest waits for the next attempt.
     """
     over, given_up = threading.Event(), threading.Event()
-    watch = threading.Thread(
-        target=_watch, args=(root, runs, engines, on_validation, over, given_up), name="vnet-validation", daemon=True
-    )
-    watch.start()
-    try:
-        yield
-    except BaseException:
-        given_up.set()
-        raise
-    finally:
-        over.set()
-        watch.join()
+    with ThreadPoolExecutor(1, thread_name_prefix="vnet-validation") as pool:
+        watch = pool.submit(_watch, root, runs, engines, on_validation, over, given_up)
+        try:
+            yield
+        except BaseException:
+            given_up.set()
+            raise
+        finally:
+            over.set()
+        watch.result()
 
 
 def _watch(
@@ -78,9 +77,10 @@ def _judge(root: Root, run: Run, step: int, engines: Engines, given_up: threadin
 
     # on this machine there is no core to spare: it takes what the training leaves, and Ray need not count it
     niceness = NICENESS if engines.ray_address is None else 0
-    task = ray.remote(validate).options(
+    # a process of its own, since niceness stays with it
+    task = ray.remote(
         num_cpus=0 if niceness else 1, num_gpus=engines.gpus_per_worker, max_calls=1, max_retries=ATTEMPTS - 1
-    )
+    )(validate)
     job = task.remote(asdict(run), step, niceness)
     while not ray.wait([job], timeout=LOOK_SECONDS)[0]:
         if given_up.is_set():
