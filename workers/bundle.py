@@ -52,7 +52,7 @@ def publish_fitted(root: Root, target: Target, runs: Sequence[Run]) -> Model:
     facts = {
         "metrics": {"validation_dice": mean_dice(case_dice, names), "case_dice": case_dice, "structures": names},
         "training": {
-            **{name: found[0][name] for name in NOTED},
+            **{name: found[0][name] for name in NOTED if name in found[0]},
             "folds": len(runs),
             "started_from": runs[0].start,
             "training_cases": sorted(runs[0].training if len(runs) == 1 else runs[0].training | runs[0].validation),
