@@ -7,12 +7,20 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flows.markdown import NO_PICTURE
+from vnet_core.decide import structures
+from vnet_core.plan import Plan
 from workers import markdown
+from workers.full_validation import Validation, validations
 from workers.harmless import one_line
+from workers.store import Root
 from workers.story import NOTICE, Row
+from workers.training_run import Run
 
 TABLE_ROWS = 2_000
 """Most rows of a table artifact; the Parquet file has all."""
+VALIDATION_ROWS = 30
+"""Most validations in a page."""
 TEXT_CHARACTERS = 400
 """Most characters of one cell."""
 
@@ -93,4 +101,25 @@ def training_markdown(facts: Mapping[str, Any], curves: Mapping[str, bytes]) -> 
         parts.append(markdown.table(("structure", "validation Dice"), ((n, f"{v:.3f}") for n, v in scores.items())))
     parts += [f"- {markdown.text(reason)}" for reason in facts["cleaning"]]
     parts += [markdown.picture(name, png) for name, png in curves.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def validation_page(root: Root, model: str, run: Run, validation: Validation) -> str:
+    """The page of a validation beside a training: Dice at every step so far, and pictures of the worst cases."""
+    names = [structure.name for structure in structures(Plan.from_mapping(run.plan))]
+    parts = [f"# Validation of model {markdown.text(model)} while it trains", f"*{NOTICE}*"]
+    if validation.failed:
+        parts.append(f"**Step {validation.step} could not be judged.** {markdown.text(validation.failed)}")
+    rows = [
+        (done.step, f"{done.minutes:.1f}", *(f"{mean:.3f}" for mean in done.means or ()))
+        for done in reversed(validations(root, run)[-VALIDATION_ROWS:])
+    ]
+    rows = [(*row, *[""] * (2 + len(names) - len(row))) for row in rows]
+    parts += [markdown.table(("step", "minutes", *(f"Dice of {name}" for name in names)), rows)]
+    parts.append(f"{len(run.validation)} whole volumes that do not train; the newest weights first.")
+    for worst in validation.worst:
+        case, told = markdown.text(worst["case"]), f"{markdown.text(worst['structure'])} {worst['dice']:.3f}"
+        parts.append(f"## {case}: Dice of {told}")
+        picture = worst.get("picture")
+        parts.append(markdown.picture(worst["case"], root.get(picture)) if picture else NO_PICTURE)
     return "\n\n".join(parts) + "\n"

@@ -72,7 +72,7 @@ def machine(engines: Engines) -> Machine:
     """What the engines' training workers have, each of them."""
     if engines.gpus_per_worker:
         return Machine(engines.train_workers * engines.gpus_per_worker * STEP_GMACS_PER_GPU, gpu_memory_gib())
-    return Machine(engines.cpus * STEP_GMACS_PER_CORE, psutil.virtual_memory().total / GIB / engines.train_workers)
+    return Machine(engines.cpus * STEP_GMACS_PER_CORE, psutil.virtual_memory().total / GIB / engines.most_train_workers)
 
 
 def settled(base: Plan, settings: Mapping[str, Any]) -> Plan:

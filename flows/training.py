@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
+from flows.artifacts import artifact_key, validation_page
 from flows.cohorts import CohortName
 from flows.models import publish_model
 from flows.plans import PlanSource, make_plan
@@ -20,10 +23,12 @@ from flows.tasks import Progress
 from workers import train as train_stage
 from workers.clusters import Engines, ray_session
 from workers.cohort import load_cohort, load_entries
+from workers.full_validation import Validation
+from workers.harmless import one_line
 from workers.models import Model
 from workers.store import Root
-from workers.train import Training
-from workers.training_run import Budget, TrainingProgress
+from workers.train import Training, Watch
+from workers.training_run import Budget, Run, TrainingProgress
 
 ModelName = Annotated[str, Field(min_length=1)]
 
@@ -52,6 +57,12 @@ class TrainingSettings(BaseModel):
     workers: int | None = Field(
         default=None, title="Workers", description="Ray workers that train together; None: as the site file says", ge=1
     )
+    workers_max: int | None = Field(
+        default=None,
+        title="Most workers",
+        description="With Workers as the fewest: as many up to this as the Ray cluster has room for; None: no range",
+        ge=1,
+    )
     preset: Literal["", "paper", "caffe", "vnet-pytorch", "vnet-tf", "compact"] = Field(
         default="", title="Preset", description="A named network instead of the plan's; empty: the plan's"
     )
@@ -71,6 +82,14 @@ class TrainingSettings(BaseModel):
         default=False, title="Resume", description="Go on with the newest unfinished training of this model"
     )
 
+    @model_validator(mode="after")
+    def _range_of_workers(self) -> TrainingSettings:
+        if self.workers_max is not None and self.workers_max < (self.workers or self.workers_max + 1):
+            raise ValueError(
+                f"workers_max {self.workers_max} needs workers of at most as many, the fewest; got {self.workers}"
+            )
+        return self
+
 
 DEFAULTS = TrainingSettings()
 """What the form opens with."""
@@ -88,7 +107,7 @@ def train_model(cohort: CohortName, model: ModelName, settings: TrainingSettings
     session = open_session()
     engines = session.site.engines
     if settings.workers:
-        engines = replace(engines, train_workers=settings.workers)
+        engines = replace(engines, train_workers=settings.workers, train_workers_max=settings.workers_max)
     loaded = load_cohort(session.root, cohort)
     budget = asked_budget(settings)
     if settings.resume:
@@ -132,14 +151,31 @@ def fit(root: Root, engines: Engines, asked: Training | Going) -> Model:
 
     def show(progress: TrainingProgress) -> None:
         dice = "" if progress.dice is None else f", validation Dice {progress.dice:.3f}"
+        workers = f", {progress.workers} workers" if progress.workers > 1 else ""
         text = (
             f"step {progress.step}, loss {progress.loss:.4f}, {progress.seconds_per_step:.2f} s a step,"
-            f" {progress.seconds_left / 60:.1f} min left{dice}"
+            f" {progress.seconds_left / 60:.1f} min left{dice}{workers}"
         )
         bar.show(progress.share, f"{asked.name}: {text}")
         log.info(text)
 
+    # artifacts belong to the run whose context they are made in
+    context = copy_context()
+
+    def tell(run: Run, validation: Validation) -> None:
+        context.run(publish_validation, root, asked.name, run, validation)
+
+    watch = Watch(show, tell)
     with ray_session(engines.ray_address, engines.ray_cpus):
         if isinstance(asked, Going):
-            return train_stage.resume(root, asked.name, asked.budget, engines, show)
-        return train_stage.train(root, asked, engines, show)
+            return train_stage.resume(root, asked.name, asked.budget, engines, watch)
+        return train_stage.train(root, asked, engines, watch)
+
+
+def publish_validation(root: Root, model: str, run: Run, validation: Validation) -> None:
+    """Put what whole volumes say of the training's present weights into the UI as `validation-<model>`."""
+    create_markdown_artifact(
+        markdown=validation_page(root, model, run, validation),
+        key=artifact_key("validation", model),
+        description=one_line(f"Validation of model {model} at step {validation.step}"),
+    )

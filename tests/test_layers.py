@@ -214,8 +214,15 @@ def test_dask_is_in_one_module():
     assert importers("dask") | importers("distributed") == {"workers.clusters"}
 
 
-def test_ray_is_in_four_modules():
-    allowed = {"workers.clusters", "workers.segment", "workers.train", "workers.training_loop"}
+def test_ray_is_in_six_modules():
+    allowed = {
+        "workers.clusters",
+        "workers.segment",
+        "workers.train",
+        "workers.training_losses",
+        "workers.training_seats",
+        "workers.validating",
+    }
     assert importers("ray") == allowed
 
 

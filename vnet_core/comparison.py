@@ -168,11 +168,17 @@ _PLANES = (("axial", 0, False), ("coronal", 1, True), ("sagittal", 2, True))
 
 
 def two_outlines(
-    image_ZYX: np.ndarray, champion_ZYX: np.ndarray, challenger_ZYX: np.ndarray, geometry: Geometry, name: str
+    image_ZYX: np.ndarray,
+    champion_ZYX: np.ndarray,
+    challenger_ZYX: np.ndarray,
+    geometry: Geometry,
+    name: str,
+    whose: tuple[str, str] = ("champion", "challenger"),
 ) -> bytes:
     """One structure as both models see it: PNG of at most MAX_BYTES, the champion's line thick, the challenger's thin.
 
-    ``image_ZYX``: any real dtype (Z, Y, X); the masks: bool (Z, Y, X), all on ``geometry``. Three planes of the grid
+    ``image_ZYX``: any real dtype (Z, Y, X); the masks: bool (Z, Y, X), all on ``geometry``. ``whose`` stands in the
+    legend; the two may be a truth and what was found as well. Three planes of the grid
     turned to the body's axes, each where most voxels differ (or, where none does, where most lie): the patient's right
     on the left, head or front on top. The captions give the index along the source's array axis. Raises
     ScanError ``scan.shape`` when an array does not fit the grid.
@@ -194,7 +200,8 @@ def two_outlines(
         source = turn.source_axis[axis]
         index = geometry.shape[source] - 1 - slices[axis] if turn.flip[axis] else slices[axis]
         captions.append(f"{plane}  {'zyx'[source]} = {index}")
-    view = _View(image, (champion, challenger), turned.geometry.spacing_mm, slices, captions, _window(image), name)
+    spacing_mm = turned.geometry.spacing_mm
+    view = _View(image, (champion, challenger), spacing_mm, slices, captions, _window(image), name, whose)
     png = b""
     for limit_px, greys in _STYLES:
         png = _sheet(view, limit_px).png(greys)
@@ -223,6 +230,7 @@ class _View:
     captions: Sequence[str]
     window: tuple[float, float]
     name: str
+    whose: tuple[str, str]
 
 
 def _sheet(view: _View, limit_px: int) -> Canvas:
@@ -240,7 +248,7 @@ def _sheet(view: _View, limit_px: int) -> Canvas:
     canvas = Canvas(top + tallest + _LINE_PX + _MARGIN_PX, max(420, sum(cells) + 4 * _MARGIN_PX))
     canvas.text(_MARGIN_PX, _MARGIN_PX + _LINE_PX // 2 - 4, canvas.shortened(view.name, 390, size=15), size=15)
     y, x = _MARGIN_PX + _LINE_PX + _LINE_PX // 2 - 4, _MARGIN_PX
-    for colour, whose in enumerate(("champion", "challenger")):
+    for colour, whose in enumerate(view.whose):
         canvas.swatch(x, y, colour)
         canvas.text(x + 17, y, whose, level=FAINT)
         x += 120

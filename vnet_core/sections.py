@@ -337,9 +337,14 @@ class TrainingPlan(Section):
     average_decay: float = Field(default=0.99, ge=0, lt=1)
     """Decay per step of the running average of the weights that becomes the model; 0 turns it off."""
     publish: Literal["last", "best"] = "last"
-    """Which averaged weights become the model: those at the end, or those with the best validation Dice."""
+    """Which averaged weights become the model: those at the end, or those with the best validation Dice so far, of
+    all that were judged."""
     validation_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the cases kept out of training for the Dice curve, by a seeded draw over patients."""
+    full_validation_every: int = Field(default=0, ge=0)
+    """Steps after which the weights of that moment are judged by the cases that do not train, beside the training,
+    which goes on; 0: the training stops ten times and judges itself. Worth it where there is a GPU or a machine to
+    spare; without one the judging slows the steps, or waits for their end."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights, the split and every sample."""
 

@@ -9,15 +9,17 @@ from typing import Any
 
 from vnet_core.curves import curve_picture
 from vnet_core.decide import structures
+from vnet_core.plan import Plan
 from vnet_core.postprocess import choose
 from vnet_core.sections import Cleaning
+from workers.full_validation import best, snapshot_weights, validations
 from workers.harmless import sheet_cell
 from workers.models import Model, Target, publish
 from workers.profiles import training_profile
 from workers.store import Root
 from workers.training_run import Run
 
-NOTED = ("steps", "minutes", "workers", "precision", "parameters", "torch", "platform", "loader_wait_share")
+NOTED = ("steps", "minutes", "workers", "attempts", "precision", "parameters", "torch", "platform", "loader_wait_share")
 """Facts of a fitted network that its model keeps as they are."""
 
 
@@ -27,8 +29,7 @@ def publish_fitted(root: Root, target: Target, runs: Sequence[Run]) -> Model:
     Of a cross-validation the cleaning of each label is chosen by the Dice of cases that their network has not seen,
     only where it helps.
     """
-    found = [root.get_json(f"{run.fitted}/facts.json") for run in runs]
-    weights = [root.get(f"{run.fitted}/weights.safetensors") for run in runs]
+    found, weights = zip(*(_fitted(root, run, target.plan) for run in runs), strict=True)
     names = [structure.name for structure in structures(target.plan)]
     prefix = f"training/{target.name}/{target.version}"
     patients = root.get_json(f"{prefix}/training.json")["patients"]
@@ -51,7 +52,7 @@ def publish_fitted(root: Root, target: Target, runs: Sequence[Run]) -> Model:
     facts = {
         "metrics": {"validation_dice": mean_dice(case_dice, names), "case_dice": case_dice, "structures": names},
         "training": {
-            **{name: found[0][name] for name in NOTED},
+            **{name: found[0][name] for name in NOTED if name in found[0]},
             "folds": len(runs),
             "started_from": runs[0].start,
             "training_cases": sorted(runs[0].training if len(runs) == 1 else runs[0].training | runs[0].validation),
@@ -67,6 +68,19 @@ def publish_fitted(root: Root, target: Target, runs: Sequence[Run]) -> Model:
     title = f"{target.name} {target.version}"
     files = _curves(title, names, found)
     return publish(root, Target(target.name, target.version, plan), weights, facts, files)
+
+
+def _fitted(root: Root, run: Run, plan: Plan) -> tuple[dict[str, Any], bytes]:
+    """Facts and weights of a run, with what validations beside it have found; the best of them may be its weights."""
+    facts = root.get_json(f"{run.fitted}/facts.json")
+    weights = root.get(f"{run.fitted}/weights.safetensors")
+    done = validations(root, run)
+    facts["dice"] = [[v.minutes, *v.means] for v in done if v.means] + facts["dice"]
+    found = best(done)
+    if plan.training.publish == "best" and found and found.score > (facts["best_dice"] or -1):
+        facts |= {"best_dice": found.score, "case_dice": found.case_dice, "best_step": found.step}
+        weights = snapshot_weights(root, run, found.step)
+    return facts, weights
 
 
 def mean_dice(case_dice: dict[str, list[float | None]], names: Sequence[str]) -> dict[str, float]:

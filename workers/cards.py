@@ -143,7 +143,7 @@ def _provenance(facts: Mapping[str, Any], training: Mapping[str, Any]) -> str:
         ("started from", training.get("started_from") or "nothing"),
         ("steps", training.get("steps", "")),
         ("minutes", f"{training['minutes']:.1f}" if "minutes" in training else ""),
-        ("workers", training.get("workers", "")),
+        ("workers", _workers(training)),
         ("arithmetic", training.get("precision", "")),
         ("parameters", f"{training['parameters']:,}" if "parameters" in training else ""),
         ("program", f"vnet-cohort {origin.get('version', '')}".strip()),
@@ -156,6 +156,14 @@ def _provenance(facts: Mapping[str, Any], training: Mapping[str, Any]) -> str:
     ]
     lines = [f"- {name}: {code(value)}" for name, value in rows if value != ""]
     return "\n".join(lines)
+
+
+def _workers(training: Mapping[str, Any]) -> str:
+    """How many trained together; after interruptions how many from which step on."""
+    attempts = training.get("attempts", ())
+    if len(attempts) < 2:
+        return str(training.get("workers", ""))
+    return ", ".join(f"{attempt['workers']} from step {attempt['from_step']}" for attempt in attempts)
 
 
 def _by(triple: Sequence[float]) -> str:

@@ -33,6 +33,9 @@ GPU_MEMORY_GIB = 16.0
 """Taken for a GPU that cannot be asked."""
 CPU_SHARE = Path("/sys/fs/cgroup/cpu.max")
 """What a container of Docker or Kubernetes sees of its limit of cores."""
+TRAIN_HANG_S = 900.0
+"""Training workers wait for one another in every step. The longest that one of them may rightly take is its share of a
+validation on whole volumes, or a checkpoint into a slow storage root: minutes, not a quarter of an hour."""
 ENCRYPTED = ("tls", "wss")
 """Schemes whose servers are silent until they are greeted in their own way."""
 
@@ -231,7 +234,11 @@ class Engines:
     segment_workers: int = 1
     """Ray actors that segment."""
     train_workers: int = 1
-    """Ray workers that train together."""
+    """Ray workers that train together, at least."""
+    train_workers_max: int | None = None
+    """At most, where there is room for them; None: never more than ``train_workers``."""
+    train_hang_s: float = TRAIN_HANG_S
+    """Seconds after which a training worker that others wait for counts as hung."""
     cpus: int = 1
     """Processor cores of the local Ray node, shared by its workers."""
     gpus_per_worker: float = 0.0
@@ -240,7 +247,7 @@ class Engines:
     @property
     def ray_cpus(self) -> int:
         """Cores that the local Ray node is said to have: one for each worker at least, or they would wait for ever."""
-        return max(self.cpus, self.train_workers, self.segment_workers)
+        return max(self.cpus, self.most_train_workers, self.segment_workers)
 
     @property
     def cpus_per_segment_worker(self) -> int:
@@ -250,4 +257,9 @@ class Engines:
     @property
     def cpus_per_train_worker(self) -> int:
         """Cores of each training worker."""
-        return max(1, self.cpus // self.train_workers)
+        return max(1, self.cpus // self.most_train_workers)
+
+    @property
+    def most_train_workers(self) -> int:
+        """Ray workers that train together when there is room for all."""
+        return self.train_workers_max or self.train_workers

@@ -206,7 +206,7 @@ def private(root: Root) -> Check:
 def memory(site: Site) -> list[Check]:
     """Cores and memory against what the site asks for."""
     total, cores = psutil.virtual_memory().total / GIB, processors()
-    wanted = max(site.segment_workers, site.train_workers, site.preprocess_workers or 1)
+    wanted = max(site.segment_workers, site.engines.most_train_workers, site.preprocess_workers or 1)
     few = cores < wanted
     return [
         graded(

@@ -85,14 +85,14 @@ def classes_of(label: np.ndarray, plan: Plan, key: str) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The part of every global batch that one worker computes."""
+    """The part of every global batch that one worker computes; the shares differ by one sample at most."""
 
     rank: int
     world: int
 
     def positions(self, batch_size: int) -> range:
-        """Positions in the global batch."""
-        assert batch_size % self.world == 0
+        """Positions in the global batch; one at least."""
+        assert batch_size >= self.world
         return range(self.rank, batch_size, self.world)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vnet_core.errors import ConfigError
 from vnet_core.plan import config_error
-from workers.clusters import Engines, processors
+from workers.clusters import TRAIN_HANG_S, Engines, processors
 from workers.identity import Identity
 from workers.retention_rules import KEEP_EVERYTHING, Retention
 from workers.rules import CLOCK, DEFAULT_RULES, NightRules
@@ -58,7 +58,13 @@ class Site(BaseModel):
     segment_workers: int = Field(default=1, ge=1)
     """Ray actors that segment, each with the model loaded once."""
     train_workers: int = Field(default=1, ge=1)
-    """Ray workers that train one model together."""
+    """Ray workers that train one model together; with `train_workers_max` the fewest."""
+    train_workers_max: int | None = Field(default=None, ge=1)
+    """The most, as far as the Ray cluster has room: a training goes on with fewer after a loss, and with more when
+    machines come. Left out, it is always `train_workers`."""
+    train_hang_s: float = Field(default=TRAIN_HANG_S, gt=0)
+    """Seconds after which a training worker that the others wait for counts as hung, and the group starts again from
+    its checkpoint; more than a worker's share of a validation takes."""
     gpus_per_worker: float = Field(default=0.0, ge=0)
     """GPUs of each training or segmenting worker; fractions share one."""
     batch_cases: int = Field(default=32, ge=1, le=1000)
@@ -85,6 +91,15 @@ class Site(BaseModel):
             raise ValueError(f"{name!r} is no IANA time zone; use one such as Europe/Berlin") from None
         return name
 
+    @model_validator(mode="after")
+    def _range_of_workers(self) -> Site:
+        if self.train_workers_max is not None and self.train_workers_max < self.train_workers:
+            raise ValueError(
+                f"train_workers_max {self.train_workers_max} is below train_workers {self.train_workers}; use at least"
+                f" {self.train_workers}, or leave it out"
+            )
+        return self
+
     @property
     def zone(self) -> ZoneInfo:
         """The site's time zone."""
@@ -100,6 +115,8 @@ class Site(BaseModel):
             preprocess_workers=self.preprocess_workers or cpus,
             segment_workers=self.segment_workers,
             train_workers=self.train_workers,
+            train_workers_max=self.train_workers_max,
+            train_hang_s=self.train_hang_s,
             cpus=cpus,
             gpus_per_worker=self.gpus_per_worker,
         )

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -26,13 +29,34 @@ from workers.cohort import Entry, check_name, volume_key
 from workers.models import Model
 from workers.store import Root
 from workers.training_run import Budget, Run, TrainingProgress, together
+from workers.validating import OnValidation, validated_beside
 
 PROGRESS_SECONDS = 1.0
 """How often progress is looked at."""
+LOSSES = 5
+"""Losses of workers after which a training goes on from its last checkpoint; a fault that every attempt meets ends it
+after so many. A node that is taken away with notice does not count."""
+WAITS = 15
+"""Minutes in all that a group waits for the machines it needs."""
+STOP_SECONDS = 20.0
+"""How long an interrupted command waits for the workers' last checkpoint; Prefect, Kubernetes and Slurm kill a process
+30 seconds after they have told it to end."""
 MEMORY_SHARE = 0.6
 """Share of the free memory that the training volumes of this machine's workers may take together."""
 
 OnProgress = Callable[[TrainingProgress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Who is told how a training gets on, from threads beside that which waits for it."""
+
+    on_progress: OnProgress = lambda progress: None
+    on_validation: OnValidation = lambda run, validation: None
+    """Told of each validation beside the training."""
+
+
+UNWATCHED = Watch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +75,7 @@ class Training:
     """Model whose weights are the first ones."""
 
 
-def train(root: Root, training: Training, engines: Engines, on_progress: OnProgress = lambda progress: None) -> Model:
+def train(root: Root, training: Training, engines: Engines, watch: Watch = UNWATCHED) -> Model:
     """Train a new version of a model on the labelled, preprocessed cases and publish its bundle.
 
     Raises TrainingError ``train.no-labels``, ``train.no-foreground``, ``train.absent-label``, ``train.label-value``,
@@ -82,6 +106,7 @@ def train(root: Root, training: Training, engines: Engines, on_progress: OnProgr
             _class_voxels([e for e in usable if e.case.id in set(fitting)], plan),
             start,
             [c.model_dump(mode="json") for c in candidates(_components(usable, plan))] if training.folds > 1 else [],
+            [e.case.id for e in usable if "dicom.burnt-in" in e.verdict.codes and e.case.id in set(validating)],
         )
         for own, (fitting, validating) in zip(prefixes, splits, strict=True)
     ]
@@ -90,7 +115,7 @@ def train(root: Root, training: Training, engines: Engines, on_progress: OnProgr
         root.put_json(f"{run.prefix}/run.json", asdict(run))
     patients = {case: patient for case, patient in cases if patient}
     root.put_json(f"{prefix}/training.json", {"runs": prefixes, "patients": patients})
-    return _fit(root, models.Target(training.name, version, plan), runs, engines, on_progress)
+    return _fit(root, models.Target(training.name, version, plan), runs, engines, watch)
 
 
 def resume(
@@ -98,7 +123,7 @@ def resume(
     name: str,
     budget: Budget | None,
     engines: Engines,
-    on_progress: OnProgress = lambda progress: None,
+    watch: Watch = UNWATCHED,
 ) -> Model:
     """Go on with the newest unfinished training of ``name`` from its last checkpoints, with its own plan and cases.
 
@@ -117,7 +142,7 @@ def resume(
         mapping = root.get_json(f"{prefix}/run.json") | {"root_url": root.url}
         runs.append(Run(**(mapping | ({"budget": asdict(budget)} if budget else {}))))
     plan = Plan.from_mapping(runs[0].plan)
-    return _fit(root, models.Target(name, newest, plan), runs, engines, on_progress)
+    return _fit(root, models.Target(name, newest, plan), runs, engines, watch)
 
 
 def _usable(root: Root, entries: Sequence[Entry], plan: Plan) -> list[Entry]:
@@ -198,7 +223,7 @@ def _check_memory(root: Root, runs: Sequence[Run], engines: Engines) -> None:
             assert receipt is not None
             z, y, x = receipt["geometry"]["shape"]
             needed += z * y * x * (4 * len(run.plan["channels"]) + 1)
-    needed *= engines.train_workers
+    needed *= engines.most_train_workers
     free = psutil.virtual_memory().available
     if needed > MEMORY_SHARE * free:
         raise MemoryLimitError(
@@ -213,55 +238,96 @@ def side_by_side(runs: Sequence[Run], engines: Engines) -> int:
     return min(len(runs), max(1, engines.cpus))
 
 
-def _fit(root: Root, target: models.Target, runs: Sequence[Run], engines: Engines, on_progress: OnProgress) -> Model:
-    workers, batch_size = engines.train_workers, target.plan.training.batch_size
+def _fit(root: Root, target: models.Target, runs: Sequence[Run], engines: Engines, watch: Watch) -> Model:
+    workers, batch_size = engines.most_train_workers, target.plan.training.batch_size
     if len(runs) > 1 and workers > 1:
         raise ConfigError(
             "train.folds", f"{len(runs)} folds run one worker each, {workers} were asked for; leave out --workers"
         )
-    if batch_size % workers:
+    if workers > batch_size:
         raise ConfigError(
             "train.batch",
-            f"batch_size {batch_size} cannot be shared by {workers} workers evenly; use"
-            f" {workers * max(1, batch_size // workers)}",
+            f"batch_size {batch_size} leaves some of {workers} workers without a sample; use at most {batch_size}"
+            f" workers, or a batch_size of {workers}",
         )
     waiting = [run for run in runs if root.receipt(run.fitted) is None]
     for run in waiting:
-        # a message of an earlier attempt must not be taken for this one's
-        root.delete(f"{run.prefix}/error.json")
-    with _progress_watch(root, runs, on_progress):
-        if len(runs) == 1:
-            for run in waiting:
-                _fit_together(root, run, engines)
-        elif waiting:
-            _fit_folds(root, waiting, engines)
+        # messages of an earlier attempt must not be taken for this one's
+        root.delete(run.error)
+        root.delete(run.stop)
+    with _progress_watch(root, runs, watch.on_progress):
+        if waiting:
+            work = partial(_fit_together if len(runs) == 1 else _fit_folds, root, waiting, engines)
+            with _validations(root, waiting, target.plan, engines, watch.on_validation):
+                _attended(work, partial(_ask_to_stop, root, waiting))
     return publish_fitted(root, target, runs)
 
 
-def _fit_together(root: Root, run: Run, engines: Engines) -> None:
-    """One network by ``train_workers`` Ray Train workers."""
+def _validations(
+    root: Root, runs: Sequence[Run], plan: Plan, engines: Engines, on_validation: OnValidation
+) -> contextlib.AbstractContextManager[None]:
+    """Within it, snapshots of the runs are judged, where the plan has any."""
+    if not plan.training.full_validation_every:
+        return contextlib.nullcontext()
+    return validated_beside(root, runs, engines, on_validation)
+
+
+def _ask_to_stop(root: Root, runs: Sequence[Run]) -> None:
+    for run in runs:
+        root.put_json(run.stop, {})
+
+
+def _attended(work: Callable[[], None], ask_to_stop: Callable[[], None]) -> None:
+    """Do ``work`` in a thread of its own; where this one is interrupted, ask to stop and give it time to."""
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            done.set_result(None)
+        except BaseException as error:  # noqa: BLE001  raised again in the thread that waits
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="vnet-training", daemon=True).start()
+    try:
+        done.result()
+    except BaseException:
+        if not done.done():
+            ask_to_stop()
+            wait([done], STOP_SECONDS)
+        raise
+
+
+def _fit_together(root: Root, runs: Sequence[Run], engines: Engines) -> None:
+    """One network by a group of Ray Train workers, as many as there is room for in the range of the engines."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from workers.training_loop import train_worker
+    from workers.training_losses import Losses, NoticedTorchConfig
+    from workers.training_seats import train_worker
 
+    (run,) = runs
+    least, most = engines.train_workers, engines.most_train_workers
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    # its declared types are those of the version before
+    ray_train: Any = ray.train
     config = asdict(run) | {"cpus_per_worker": engines.cpus_per_train_worker}
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=config,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=engines.train_workers,
+        torch_config=NoticedTorchConfig(timeout_s=math.ceil(engines.train_hang_s)),
+        scaling_config=ray_train.ScalingConfig(
+            num_workers=least if least == most else (least, most),
             use_gpu=engines.gpus_per_worker > 0,
             resources_per_worker={"CPU": engines.cpus_per_train_worker}
             | ({"GPU": engines.gpus_per_worker} if engines.gpus_per_worker else {}),
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray_train.RunConfig(
             name="ray",
             # only Ray's own notes: checkpoints are objects of the root
             storage_path=str(root.home / run.prefix),
-            # a worker that dies is replaced and goes on from the last checkpoint; our own errors are final
-            failure_config=ray.train.FailureConfig(max_failures=0),
+            failure_config=ray_train.FailureConfig(max_failures=LOSSES, controller_failure_limit=WAITS),
+            callbacks=[Losses(run)],
         ),
     )
     try:
@@ -275,10 +341,10 @@ def _fit_folds(root: Root, runs: Sequence[Run], engines: Engines) -> None:
     import ray
     from ray.exceptions import RayError
 
-    from workers.training_loop import fit_alone
+    from workers.training_seats import fit_alone
 
     cpus = max(1, engines.cpus // side_by_side(runs, engines))
-    task = ray.remote(fit_alone).options(num_cpus=cpus, num_gpus=engines.gpus_per_worker, max_retries=0)
+    task = ray.remote(fit_alone).options(num_cpus=cpus, num_gpus=engines.gpus_per_worker, max_retries=LOSSES)
     jobs = [(run, task.remote(asdict(run) | {"cpus_per_worker": cpus})) for run in runs]
     errors: list[VnetError] = []
     for run, job in jobs:
@@ -292,13 +358,12 @@ def _fit_folds(root: Root, runs: Sequence[Run], engines: Engines) -> None:
 
 def _told(root: Root, run: Run, error: Exception) -> VnetError:
     """The named error that a worker left behind, or else that it ended."""
-    key = f"{run.prefix}/error.json"
-    if not root.exists(key):
+    if not root.is_object(run.error):
         first = (str(error).splitlines() or [type(error).__name__])[0]
         return EngineError(
             "ray.training", f"training on Ray ended early ({first}); go on from the last checkpoint with --resume"
         )
-    told: dict[str, Any] = root.get_json(key)
+    told: dict[str, Any] = root.get_json(run.error)
     known = {c.__name__: c for c in (TrainingError, MemoryLimitError, StorageError, ConfigError)}
     return known.get(told["class"], VnetError)(told["code"], told["message"])
 

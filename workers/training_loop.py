@@ -1,12 +1,14 @@
 """What one training worker does: load its volumes, step, validate, keep checkpoints, and leave the fitted weights.
 
 Rank 0 decides for all: it alone reads the clock, and sends progress and the decisions of each step to the others.
+Any worker can tell that it has to leave; all learn it before the same step, and rank 0 writes a checkpoint.
 """
 
 from __future__ import annotations
 
 import math
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,22 +21,23 @@ import torch
 import torch.distributed
 from torch import nn
 
-from vnet_core.decide import decision, structures
-from vnet_core.errors import TrainingError, VnetError
+from vnet_core.decide import structures
+from vnet_core.errors import TrainingError
 from vnet_core.fitting import StepSettings, WeightAverage, build_optimiser, learning_rate_factor, train_step
-from vnet_core.inference import precision, predict_logits, prepare
+from vnet_core.inference import precision
 from vnet_core.losses import build_loss
-from vnet_core.metrics import dice
 from vnet_core.networks.vnet import build_vnet, count_parameters, initialise
 from vnet_core.plan import Plan
 from vnet_core.postprocess import score_candidates
 from vnet_core.sections import Cleaning
 from workers.checkpoints import load_checkpoint, save_checkpoint
+from workers.full_validation import leave_snapshot
 from workers.models import load_model, load_networks
-from workers.modes import for_the_owner_alone
 from workers.patches import BatchLoader, Share, TrainingVolume, load_volume
 from workers.store import Root
+from workers.training_attempts import attempts, begin_attempt, note_loss
 from workers.training_run import Budget, Run, TrainingProgress
+from workers.validation import Judge, dice_row, means
 
 VALIDATIONS = 10
 """Validations over the whole budget; a checkpoint is written with each."""
@@ -43,6 +46,8 @@ VALIDATION_SHARE = 0.05
 CHECKPOINT_SECONDS = 120.0
 """A checkpoint is written at least this often."""
 PROGRESS_SECONDS = 1.0
+NOTICE_SECONDS = 5.0
+"""How often it is asked whether to stop, or whether a node is to be taken away."""
 BAD_STEPS = 10
 """Steps in a row whose gradient is not finite after which a training ends."""
 
@@ -64,6 +69,19 @@ class State:
     """[minutes, Dice per structure ...], one entry per validation."""
 
 
+class Departure:
+    """Somebody has asked this process to end, and it waits until the training has a checkpoint."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.answered = threading.Event()
+        """Set once there is a checkpoint that is younger than the question, or the training is over."""
+
+    def answer(self) -> None:
+        """There is a checkpoint."""
+        self.answered.set()
+
+
 @dataclass(frozen=True, slots=True)
 class Seat:
     """A worker's place among those that fit one network together."""
@@ -72,43 +90,22 @@ class Seat:
     device: torch.device
     wrap: Callable[[nn.Module], nn.Module]
     """Makes the workers' gradients one."""
+    departure: Departure = field(default_factory=Departure)
+    preempted: Callable[[], bool] = lambda: False
+    """Whether a node of the group is about to be taken away; all workers ask together."""
 
 
-ALONE = Share(0, 1)
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What all workers do before the next step."""
 
-
-def train_worker(config: dict[str, Any]) -> None:
-    """The function that Ray Train runs on every worker; ``config`` is a Run as a mapping."""
-    import ray.train
-    import ray.train.torch
-
-    context = ray.train.get_context()
-    seat = Seat(
-        Share(context.get_world_rank(), context.get_world_size()),
-        ray.train.torch.get_device(),
-        lambda network: ray.train.torch.prepare_model(network, move_to_device=False),
-    )
-    fit(Run(**config), seat)
-
-
-def fit_alone(config: dict[str, Any]) -> None:
-    """Fit one network in this process; ``config`` is a Run as a mapping."""
-    fit(Run(**config), Seat(ALONE, torch.device("cuda" if torch.cuda.is_available() else "cpu"), lambda n: n))
-
-
-def fit(run: Run, seat: Seat) -> None:
-    """Fit the run's network to the end of its budget, from its last checkpoint where there is one.
-
-    A named error is also left in the root as ``error.json``, for the process that waits.
-    """
-    for_the_owner_alone()
-    root = Root(run.root_url)
-    try:
-        Worker(root, run, seat).fit()
-    except VnetError as error:
-        message = {"class": type(error).__name__, "code": error.code, "message": error.message}
-        root.put_json(f"{run.prefix}/error.json", message)
-        raise
+    progress: float
+    """Share of the budget that is used."""
+    validate: bool
+    save: bool
+    """Write a checkpoint."""
+    stop: bool
+    """Leave the training where it is, after the checkpoint."""
 
 
 class Worker:
@@ -134,6 +131,9 @@ class Worker:
         self._load_checkpoint()
         self.stepper = seat.wrap(self.network)
         self.case_dice: dict[str, list[float | None]] = {}
+        self._every = self.plan.training.full_validation_every
+        self._asked = -math.inf
+        self._preempted = self._warned = False
 
     @property
     def leads(self) -> bool:
@@ -141,7 +141,9 @@ class Worker:
         return self.seat.share.rank == 0
 
     def fit(self) -> None:
-        """Step until the budget is used, then leave the fitted weights."""
+        """Step until the budget is used, then leave the fitted weights; or until somebody asks to stop."""
+        if self.leads:
+            begin_attempt(self.root, self.run, self.state.step, self.seat.share.world)
         training = self.plan.training
         volumes = [load_volume(self.root, key, self.plan) for _, key in sorted(self.run.training.items())]
         validation = {
@@ -159,20 +161,24 @@ class Worker:
         try:
             batches = iter(loader)
             while True:
-                progress, validate, save = self._decide(clock.seconds, checkpointed)
-                if validate:
+                turn = self._decide(clock.seconds, checkpointed)
+                if turn.validate:
                     self._validate(validation, clock)
-                if save:
+                if self.leads and turn.progress < 1 and self._snapshot_due():
+                    leave_snapshot(self.root, self.run, self.state.step, clock.seconds / 60, self.average.state)
+                if turn.save:
                     self._save_checkpoint(clock.seconds)
                     checkpointed = clock.seconds
-                if progress >= 1:
+                if turn.stop:
+                    return
+                if turn.progress >= 1:
                     break
-                rate = training.learning_rate * learning_rate_factor(training, progress)
+                rate = training.learning_rate * learning_rate_factor(training, turn.progress)
                 for group in self.optimiser.param_groups:
                     group["lr"] = rate
                 self.network.reseed(_seed(training.seed, self.state.step, self.seat.share.rank))
                 batch = list(islice(batches, training.accumulate))
-                loss = train_step(self.stepper, self.optimiser, batch, progress, settings)
+                loss = train_step(self.stepper, self.optimiser, batch, turn.progress, settings)
                 self.state.step += 1
                 if self._survives(loss, clock.seconds):
                     recent.append(loss)
@@ -207,59 +213,79 @@ class Worker:
             )
         return False
 
-    def _decide(self, seconds: float, checkpointed: float) -> tuple[float, bool, bool]:
-        """Progress, whether to validate and whether to write a checkpoint before the next step; the same on all."""
+    def _decide(self, seconds: float, checkpointed: float) -> Turn:
+        """What to do before the next step; the same on all workers."""
+        wishes = self._wishes(seconds, checkpointed) if self.leads else [0.0] * 5
+        departing = float(self.seat.departure.asked.is_set())
+        decision = torch.tensor([*wishes, departing], dtype=torch.float64, device=self.seat.device)
+        if self.seat.share.world > 1:
+            torch.distributed.all_reduce(decision, torch.distributed.ReduceOp.MAX)
+        progress, validate, save, stop, ask, departing = decision.tolist()
+        if self._warned:
+            # rank 0 takes part again, so it has written the checkpoint
+            self.seat.departure.answer()
+        if ask:
+            self._preempted = self.seat.preempted()
+        warned, self._warned = self._warned, bool(departing) or self._preempted
+        noticed = self._warned and not warned
+        if noticed and self._preempted and self.leads:
+            note_loss(self.root, self.run.prefix, "preemption")
+        return Turn(progress, bool(validate), bool(save or stop or noticed), bool(stop))
+
+    def _snapshot_due(self) -> bool:
+        """Whether the weights of this step are to be judged beside the training; the last ones judge themselves."""
+        return self._every > 0 and self.state.step > 0 and self.state.step % self._every == 0
+
+    def _wishes(self, seconds: float, checkpointed: float) -> list[float]:
+        """Progress, and whether to validate, to write a checkpoint, to stop, and to ask for notices of preemption."""
         progress = self.budget.progress(self.state.step, seconds)
         due = progress * VALIDATIONS >= self.state.validations + 1
         if due and self.budget.minutes and self.state.validations:
             # a short budget is for steps: later validations wait until their share of the time is large enough
             spent = self.state.validation_seconds * (1 + 1 / self.state.validations)
             due = spent <= VALIDATION_SHARE * seconds
-        due = due or progress >= 1
-        save = due or seconds - checkpointed >= CHECKPOINT_SECONDS
-        decision = torch.tensor([progress, float(due), float(save)], dtype=torch.float64, device=self.seat.device)
-        if self.seat.share.world > 1:
-            torch.distributed.broadcast(decision, 0)
-        progress, validate, write = decision.tolist()
-        return progress, bool(validate), bool(write)
+        # what is judged beside the training need not stop it, but for the last weights
+        due = (due and not self._every) or progress >= 1
+        save = due or self._snapshot_due() or seconds - checkpointed >= CHECKPOINT_SECONDS
+        ask = seconds - self._asked >= NOTICE_SECONDS
+        if ask:
+            self._asked = seconds
+        stop = ask and progress < 1 and self.root.is_object(self.run.stop)
+        return [progress, float(due), float(save), float(stop), float(ask)]
 
     def _validate(self, volumes: dict[str, TrainingVolume], clock: Clock) -> None:
         """Dice per case and structure of the averaged weights, over whole volumes, shared out over the workers."""
         started = time.monotonic()
         cases = sorted(self.run.validation)
-        table = torch.zeros((2, len(cases), len(self.structures)), dtype=torch.float64)
+        # a structure absent from both has no Dice: NaN
+        table = torch.full((len(cases), len(self.structures)), math.nan, dtype=torch.float64)
+        own = torch.zeros((len(cases), 1), dtype=torch.float64)
         for case, classes in self._predicted(volumes):
-            for column, structure in enumerate(self.structures):
-                score = dice(structure.mask(classes), structure.mask(volumes[case].classes))
-                if not math.isnan(score):  # a structure absent from both has no Dice
-                    table[:, cases.index(case), column] = torch.tensor([score, 1.0], dtype=torch.float64)
+            row = dice_row(classes, volumes[case].classes, self.structures)
+            table[cases.index(case)] = torch.tensor([math.nan if score is None else score for score in row])
+            own[cases.index(case)] = 1
+        table = torch.where(own > 0, table, 0)
         if self.seat.share.world > 1:
             table = table.to(self.seat.device)
             torch.distributed.all_reduce(table)
             table = table.cpu()
-        scores, counts = table.sum(1)
         self.case_dice = {
-            case: [score if known else None for score, known in zip(*row, strict=True)]
-            for case, row in zip(cases, table.transpose(0, 1).tolist(), strict=True)
+            case: [None if math.isnan(score) else score for score in row]
+            for case, row in zip(cases, table.tolist(), strict=True)
         }
-        if cases and bool((counts > 0).all()):
-            means = (scores / counts).tolist()
-            self.state.dice.append([clock.seconds / 60, *means])
-            if sum(means) / len(means) > self.state.best_dice:
-                self.state.best_dice = sum(means) / len(means)
+        found = means(self.case_dice)
+        if found:
+            self.state.dice.append([clock.seconds / 60, *found])
+            if sum(found) / len(found) > self.state.best_dice:
+                self.state.best_dice = sum(found) / len(found)
                 self.best = {name: value.clone() for name, value in self.average.state.items()}
         self.state.validations += 1
         self.state.validation_seconds += time.monotonic() - started
 
     def _predicted(self, volumes: dict[str, TrainingVolume]) -> Iterator[tuple[str, np.ndarray]]:
         """Classes (Z, Y, X) of each volume by the averaged weights."""
-        averaged = build_vnet(self.plan.network, len(self.plan.channels), self.plan.outputs)
-        averaged.load_state_dict(self.average.state)
-        network = prepare(averaged, self.seat.device, self.precision)
-        decide = decision(self.plan)
-        for case, volume in volumes.items():
-            logits = predict_logits(network, torch.from_numpy(volume.image).to(self.seat.device), self.plan)
-            yield case, decide(logits).cpu().numpy().astype(volume.classes.dtype)
+        judge = Judge(self.average.state, self.plan, self.seat.device, self.precision)
+        return ((case, judge.classes(volume)) for case, volume in volumes.items())
 
     def _cleaning_scores(self, volumes: dict[str, TrainingVolume]) -> dict[str, list[Any]]:
         """Per validation case, what each candidate for cleaning its mask would score; see `Run.candidates`."""
@@ -289,6 +315,7 @@ class Worker:
             seconds_per_step=round(per_step, 4),
             seconds_left=round(left, 1),
             dice=round(sum(last) / len(last), 4) if last else None,
+            workers=self.seat.share.world,
         )
         self.root.put_json(
             f"{self.run.prefix}/progress.json", {name: getattr(progress, name) for name in progress.__slots__}
@@ -329,6 +356,7 @@ class Worker:
             "minutes": round(seconds / 60, 3),
             "loader_wait_share": round(waited_seconds / seconds, 4) if seconds else 0.0,
             "workers": self.seat.share.world,
+            "attempts": attempts(self.root, self.run),
             "precision": str(self.precision).removeprefix("torch."),
             "parameters": count_parameters(self.network),
             "torch": torch.__version__,

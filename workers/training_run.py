@@ -40,6 +40,8 @@ class TrainingProgress:
     seconds_left: float
     dice: float | None
     """Mean validation Dice over the structures, last measured."""
+    workers: int = 1
+    """That step together now."""
 
 
 def together(parts: Sequence[TrainingProgress], count: int) -> TrainingProgress:
@@ -52,6 +54,7 @@ def together(parts: Sequence[TrainingProgress], count: int) -> TrainingProgress:
         seconds_per_step=max(part.seconds_per_step for part in parts),
         seconds_left=max(part.seconds_left for part in parts),
         dice=round(sum(scores) / len(scores), 4) if scores else None,
+        workers=sum(part.workers for part in parts),
     )
 
 
@@ -72,9 +75,21 @@ class Run:
     """Model whose weights are the first ones."""
     candidates: list[dict[str, Any]] = field(default_factory=list)
     """Ways to clean masks whose Dice on the validation cases is wanted, as plain Cleaning sections."""
+    unshown: list[str] = field(default_factory=list)
+    """Validation cases that get no picture, because text may be burnt into their pixels."""
     cpus_per_worker: int = field(default=1, compare=False)
 
     @property
     def fitted(self) -> str:
         """Where its weights and figures lie once it is done."""
         return f"{self.prefix}/fitted"
+
+    @property
+    def error(self) -> str:
+        """Where a worker leaves a named error, which ends the training."""
+        return f"{self.prefix}/error.json"
+
+    @property
+    def stop(self) -> str:
+        """An object that asks the workers to write a checkpoint and leave."""
+        return f"{self.prefix}/stop.json"

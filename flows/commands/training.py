@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -49,6 +49,14 @@ PREPROCESS = Command(
 )
 
 
+def _workers(text: str) -> tuple[int, int | None]:
+    """The fewest and the most workers of ``--workers``; ArgumentTypeError where it is neither W nor MIN:MAX."""
+    least, colon, most = text.partition(":")
+    if not least.isdecimal() or (colon and not most.isdecimal()):
+        raise ArgumentTypeError(f"{text!r} is no number of workers and no range of them; use 2, or 2:4")
+    return int(least), int(most) if colon else None
+
+
 def _train_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--cohort", required=True, metavar="NAME")
     parser.add_argument("--model", required=True, metavar="NAME")
@@ -59,7 +67,13 @@ def _train_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), help="a named network instead of the plan's")
     parser.add_argument("--folds", type=int, default=1, metavar="K", help="cross-validation: K networks, one model")
     parser.add_argument("--from", dest="start", default="", metavar="NAME[@VERSION]", help="model to go on from")
-    parser.add_argument("--workers", type=int, metavar="W", help="Ray workers that train together")
+    parser.add_argument(
+        "--workers",
+        type=_workers,
+        default=(None, None),
+        metavar="W|MIN:MAX",
+        help="Ray workers that train together; a range: as many as there is room for",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the newest unfinished training")
 
 
@@ -79,7 +93,8 @@ def train(options: Namespace) -> Result:
             preset=options.preset or "",
             folds=options.folds,
             start=options.start,
-            workers=options.workers,
+            workers=options.workers[0],
+            workers_max=options.workers[1],
             resume=options.resume,
         )
     except ValidationError as error:

@@ -1,6 +1,7 @@
 """Training by the command line: folds that become one model, another model to start from, presets and reasons."""
 
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,20 @@ def test_folds_go_on_where_they_stood(root: Path, folded: dict[str, Any]) -> Non
     train(root, "--model", "folded", "--resume")
     assert [store.get(f"models/folded/v1/weights-{fold}.safetensors") for fold in range(2)] == before
     assert file_of(store, "training/folded/v1/fold-0/fitted/receipt.json").stat().st_mtime_ns == first
+
+
+def test_a_training_is_judged_while_it_goes_on(root: Path) -> None:
+    plan = root.parent / "judged.toml"
+    plan.write_text(f'{PLAN}full_validation_every = 4\npublish = "best"\n')
+    done = run("train", "--cohort", "training", "--model", "judged", "--plan", str(plan), "--steps", "10", root=root)
+    assert done.code == 0, done.err
+    with sqlite3.connect(root / "prefect" / "prefect.db") as database:
+        query = "select description, data from artifact where key = 'validation-judged' order by created"
+        (first, page), (second, _) = database.execute(query).fetchall()
+    assert (first, second) == tuple(f"Validation of model judged at step {step}" for step in (4, 8))
+    assert "data:image/png;base64," in page
+    facts = load_model(Root(str(root)), "judged").facts
+    assert facts["training"]["attempts"] == [{"from_step": 0, "workers": 1, "after": ""}]
 
 
 def test_a_training_that_starts_from_a_model(root: Path) -> None:

@@ -242,6 +242,7 @@ OTHER_VALUES = [
     {"training": {"average_decay": 0}},
     {"training": {"publish": "best"}},
     {"training": {"validation_fraction": 0.2}},
+    {"training": {"full_validation_every": 100}},
     {"training": {"seed": 1}},
     {"inference": {"memory_limit_gib": 7}},
     {"inference": {"overlap": 0.5}},

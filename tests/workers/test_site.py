@@ -19,6 +19,8 @@ ray_address = "10.0.0.5:6379"
 preprocess_workers = 6
 segment_workers = 2
 train_workers = 4
+train_workers_max = 8
+train_hang_s = 120.0
 gpus_per_worker = 0.5
 batch_cases = 16
 timezone = "Europe/Berlin"
@@ -107,6 +109,8 @@ def test_every_key_is_read(tmp_path):
         preprocess_workers=6,
         segment_workers=2,
         train_workers=4,
+        train_workers_max=8,
+        train_hang_s=120.0,
         cpus=processors(),
         gpus_per_worker=0.5,
     )
@@ -140,6 +144,7 @@ def test_an_unknown_key_of_a_night_names_the_nearest(tmp_path):
         ("batch_cases = 1001", ["batch_cases", "1000"]),
         ("gpus_per_worker = -1", ["gpus_per_worker", "-1"]),
         ("root = 5", ["root", "(got 5)"]),
+        ("train_workers = 3\ntrain_workers_max = 2", ["train_workers_max 2", "train_workers 3"]),
         ('preprocess_workers = "all"', ["preprocess_workers", "'all'"]),
         ('[[nightly]]\ncohort = "a"', ["nightly.0.model"]),
         ('[identity]\nids = "initials"', ["identity.ids", "'names' or 'pseudonyms'", "'initials'"]),
@@ -179,6 +184,8 @@ def test_cores_are_shared_out_and_nobody_goes_without():
     assert Engines(cpus=8, segment_workers=3).ray_cpus == 8
     assert engines.cpus_per_segment_worker == 2
     assert engines.cpus_per_train_worker == 1
+    elastic = Engines(cpus=8, train_workers=2, train_workers_max=4)
+    assert (elastic.ray_cpus, elastic.cpus_per_train_worker) == (8, 2)
 
 
 def test_processors_are_those_this_process_may_use():

@@ -114,8 +114,9 @@ def test_folds_share_out_the_patients_and_are_given_the_same_candidates(root, mo
     assert runs[0].class_voxels[1] == sum(10 + int(case[1:]) for case in runs[0].training)
 
 
-def test_a_batch_that_cannot_be_shared_names_one_that_can(root):
+def test_more_workers_than_samples_are_refused_with_the_numbers_that_work(root):
     entries = [entry(root, name, plan(), {0: 500, 1: 12, 2: 3}) for name in "ab"]
-    error = refused(root, entries, plan(), Engines(train_workers=2))
-    assert error.code == "train.batch"
-    assert "use 2" in error.message
+    for engines in (Engines(train_workers=4), Engines(train_workers=2, train_workers_max=4)):
+        error = refused(root, entries, plan(), engines)
+        assert error.code == "train.batch"
+        assert "at most 3 workers, or a batch_size of 4" in error.message

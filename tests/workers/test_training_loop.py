@@ -19,8 +19,9 @@ from vnet_core.plan import Plan
 from vnet_core.sections import Cleaning
 from workers.arrays import write_arrays
 from workers.store import Root
-from workers.training_loop import ALONE, BAD_STEPS, Seat, Worker, fit_alone
+from workers.training_loop import BAD_STEPS, Seat, Turn, Worker
 from workers.training_run import Budget, Run, TrainingProgress, together
+from workers.training_seats import ALONE, fit_alone
 
 GRID = Geometry((12, 12, 12), (2.0, 1.0, 1.0), (0.0, 0.0, 0.0), ((0, 0, 1), (0, 1, 0), (1, 0, 0)))
 SEAT = Seat(ALONE, torch.device("cpu"), lambda network: network)
@@ -85,7 +86,7 @@ def weights(root: Root, run: Run) -> dict[str, torch.Tensor]:
 class Interrupted(Worker):
     """Dies at step 5, after the checkpoint of step 4."""
 
-    def _decide(self, seconds: float, checkpointed: float) -> tuple[float, bool, bool]:
+    def _decide(self, seconds: float, checkpointed: float) -> Turn:
         if self.state.step == 5:
             raise KeyboardInterrupt
         return super()._decide(seconds, checkpointed)
@@ -193,6 +194,6 @@ def test_minutes_end_a_training_too(root):
 
 def test_figures_of_folds_together():
     parts = [TrainingProgress(4, 0.5, 1.0, 0.1, 3.0, 0.5), TrainingProgress(2, 0.25, 2.0, 0.3, 9.0, None)]
-    assert together(parts, 2) == TrainingProgress(6, 0.375, 1.5, 0.3, 9.0, 0.5)
+    assert together(parts, 2) == TrainingProgress(6, 0.375, 1.5, 0.3, 9.0, 0.5, workers=2)
     assert together(parts[:1], 4).share == 0.125
     assert json.dumps(asdict(together(parts, 2)))

@@ -1,0 +1,31 @@
+"""The record of a training's attempts: from which step, by how many workers, and what the one before was lost to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from workers.store import Root
+from workers.training_run import Run
+
+
+def begin_attempt(root: Root, run: Run, step: int, workers: int) -> None:
+    """Note that ``workers`` go on from ``step``; the first attempt goes on from step 0."""
+    known = attempts(root, run)
+    loss = f"{run.prefix}/loss.json"
+    lost = root.get_json(loss)["lost"] if root.is_object(loss) else ""
+    # without a loss it was a person who stopped the attempt before
+    known.append({"from_step": step, "workers": workers, "after": lost})
+    root.put_json(f"{run.prefix}/attempts.json", known)
+    root.delete(loss)
+
+
+def note_loss(root: Root, prefix: str, lost: str) -> None:
+    """Note what the present attempt was lost to, for the record of the next one."""
+    root.put_json(f"{prefix}/loss.json", {"lost": lost})
+
+
+def attempts(root: Root, run: Run) -> list[dict[str, Any]]:
+    """The attempts so far, the first one first."""
+    key = f"{run.prefix}/attempts.json"
+    found: list[dict[str, Any]] = root.get_json(key) if root.is_object(key) else []
+    return found
