@@ -126,3 +126,74 @@ def _store(root: Root, prefix: str) -> zarr.storage.LocalStore:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
+
+
+class StoredArray:
+    """An array (..., Z, Y, X) of the root that is read and written by regions, for what is larger than memory.
+
+    A shard has one writer at a time.
+    """
+
+    def __init__(self, root: Root, prefix: str, name: str) -> None:
+        """Open it. StorageError ``store.corrupt`` where it is damaged."""
+        self.root, self.prefix, self.name = root, prefix, name
+        try:
+            self._array = zarr.open_array(_store(root, f"{prefix}/{name}"), mode="r+")
+        except (zarr.errors.BaseZarrError, FileNotFoundError, ValueError) as error:
+            raise self._damaged(error) from error
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels along every axis."""
+        return self._array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """As stored."""
+        return np.dtype(self._array.dtype)
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Voxels of a file along every axis."""
+        return self._array.shards or self._array.chunks
+
+    def whole(self) -> StoredArray:
+        """The array; StorageError ``store.corrupt`` where a shard is missing, which would read as zeros."""
+        start = f"{self.prefix}/{self.name}/"
+        found = {stored.key.removeprefix(start) for stored in self.root.walk(f"{start}c") if stored.size}
+        shards = np.ndindex(*(-(-n // s) for n, s in zip(self.shape, self.shards, strict=True)))
+        missing = [index for index in shards if "/".join(["c", *map(str, index)]) not in found]
+        if missing:
+            raise self._damaged(f"it lacks {len(missing)} shards, first {missing[0]}")
+        return self
+
+    def read(self, *region: slice) -> np.ndarray:
+        """A region; StorageError ``store.corrupt`` when a chunk of it is damaged."""
+        try:
+            return np.asarray(self._array[region])
+        except (zarr.errors.BaseZarrError, FileNotFoundError, ValueError, RuntimeError) as error:
+            raise self._damaged(error) from error
+
+    def write(self, values: np.ndarray, *region: slice) -> None:
+        """Replace a region; StorageError ``store.full`` when no space is left."""
+        try:
+            self._array[region] = values
+        except OSError as error:
+            raise_if_full(error, self.root.home)
+            raise
+
+    def _damaged(self, reason: object) -> StorageError:
+        return StorageError(
+            "store.corrupt", f"{self.prefix}/{self.name} is damaged ({reason}); delete it and run again"
+        )
+
+
+def create_array(
+    root: Root, prefix: str, shape: Sequence[int], dtype: np.dtype, chunk: Shape, shard: Shape
+) -> StoredArray:
+    """An array without values at ``prefix``, what was there is replaced; ``chunk`` and ``shard`` along z, y, x."""
+    parent, _, name = prefix.rpartition("/")
+    root.delete(prefix)
+    group = zarr.open_group(_store(root, parent), mode="a", zarr_format=3)
+    _create(group, name, shape, dtype, (chunk, shard))
+    return StoredArray(root, parent, name)
