@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from vnet_core.blocks import Region, tile_starts
 from vnet_core.decide import decision
-from vnet_core.ensemble import decide_on_grid, held_bytes, mirrors
+from vnet_core.ensemble import Prediction, decide_on_grid, held_bytes, mirrors
 from vnet_core.errors import MemoryLimitError
 from vnet_core.geometry import Geometry, Reorientation, Shape, to_canonical
 from vnet_core.inference import GIB, choose_tile, computed_shape, predicted_peak_bytes, region_logits
 from vnet_core.plan import Plan
 from vnet_core.resample import SLAB_VALUES, Coordinates, coordinates, decided_part, reach
+from vnet_core.slabs import working_bytes
 
 EDGE = 32
 """A portion's edges are multiples of so many voxels of the scan's grid, which is a chunk of the stored label map."""
@@ -93,7 +94,7 @@ class Portions:
     edges: Shape = (EDGE, EDGE, EDGE)
     """Voxels of a portion along the scan's own axes; the last along an axis may be shorter."""
     peak_bytes: int = 0
-    """Most memory that a portion holds at once: as :func:`vnet_core.networks.memory.predicted_peak_bytes` counts."""
+    """Most memory that is held at once, by a portion or by a slab of the finished map; without the libraries."""
 
     def regions(self) -> list[Region]:
         """All portions, on the scan's own grid; x fastest."""
@@ -137,17 +138,24 @@ class Portions:
 
 
 def divided(
-    plan: Plan, network_grid: Geometry, scan_grid: Geometry, tile: Shape | None, passes: int, bytes_per_value: int
+    plan: Plan,
+    grids: tuple[Geometry, Geometry],
+    tile: Shape | None,
+    passes: int,
+    bytes_per_value: int,
+    limit_bytes: int,
 ) -> Portions:
-    """The portions within ``plan.inference.memory_limit_gib`` that make the fewest tiles be computed more than once.
+    """The portions within a limit of memory that make the fewest tiles be computed more than once.
 
-    ``tile``: of :func:`tile_of_portions`. Raises MemoryLimitError ``memory.portion`` where the smallest is too much.
+    ``grids``: the network's and the scan's own; ``tile``: of :func:`tile_of_portions`. The limit may differ from
+    machine to machine, since portions decide no voxel. Raises MemoryLimitError ``memory.portion`` where the smallest is
+    too much.
     """
+    network_grid, scan_grid = grids
     turn, canonical_grid = to_canonical(scan_grid)
     at = coordinates(network_grid, canonical_grid)
     whole = Portions(plan, network_grid.shape, scan_grid.shape, at, turn, tile, passes)
     choices = [_choices(whole, axis) for axis in range(3)]
-    limit = int(plan.inference.memory_limit_gib * GIB)
     best: tuple[int, int, Shape] | None = None
     least = 0
     for z, y, x in product(*choices):
@@ -158,15 +166,16 @@ def divided(
         needed = _portion_bytes(whole, region, prod(edges), bytes_per_value)
         least = min(least or needed, needed)
         cost = z.tiles * y.tiles * x.tiles
-        if needed <= limit and (best is None or (cost, needed) < best[:2]):
+        if needed <= limit_bytes and (best is None or (cost, needed) < best[:2]):
             best = cost, needed, (edges[0], edges[1], edges[2])
     if best is None:
         raise MemoryLimitError(
             "memory.portion",
             f"the smallest portion of a scan of {scan_grid.shape} voxels, {plan.outputs} outputs, needs"
-            f" {least / GIB:.2f} GiB; inference.memory_limit_gib is {plan.inference.memory_limit_gib:g}; raise it",
+            f" {least / GIB:.2f} GiB, {limit_bytes / GIB:.2f} GiB are allowed; raise inference.memory_limit_gib,"
+            " or free memory",
         )
-    return replace(whole, edges=best[2], peak_bytes=best[1])
+    return replace(whole, edges=best[2], peak_bytes=max(best[1], working_bytes(scan_grid.shape)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +281,25 @@ def segment_portion(
     inner = tuple(slice(a - s, b - s) for a, b, s in zip(own.start, own.stop, region.start, strict=True))
     mean = decide_on_grid(logits, plan)[inner]
     return Segmented(classes, own, mean, tuple(one[inner] for one in alone))
+
+
+def restore_portion(said: Prediction, portions: Portions, portion: Region) -> Segmented:
+    """One portion of a scan whose logits are there whole."""
+    held = Region((0, 0, 0), portions.shape)
+    turned, plan = portions.turned(portion), portions.plan
+    classes = decided_part(said.logits, held, portions.shape, portions.at, turned, decision(plan))
+    classes = np.ascontiguousarray(portions.turn.undo(classes))
+    own = portions.own(portion) if portions.passes > 1 else None
+    if own is None:
+        return Segmented(classes)
+    mean = decide_on_grid(said.logits[(slice(None), *own.slices)], plan)
+    return Segmented(classes, own, mean, tuple(one[own.slices] for one in said.passes))
+
+
+def smaller_tile(tile: Shape, divisor: int) -> Shape | None:
+    """Half the edges, in multiples of the network's divisor and at least two of them; None: it is the smallest."""
+    z, y, x = (min(edge, max(2 * divisor, edge // 2 // divisor * divisor)) for edge in tile)
+    return None if (z, y, x) == tile else (z, y, x)
 
 
 def _mean(

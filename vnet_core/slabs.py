@@ -27,13 +27,19 @@ Write = Callable[[int, np.ndarray], None]
 """Replaces planes from ``start`` on."""
 
 SLAB_VOXELS = 1 << 25
-"""Voxels of a slab; its work takes about ``WORKING_BYTES`` for each."""
+"""Voxels of a slab, unless a plane has more."""
 WORKING_BYTES = 16
+"""Per voxel of a slab: labels, mask, numbers of pieces, and these once more as they are counted."""
 
 
 def planes_of(shape: Shape) -> int:
     """Planes of a slab of a map of this shape."""
     return max(1, SLAB_VOXELS // (shape[1] * shape[2]))
+
+
+def working_bytes(shape: Shape) -> int:
+    """Most memory that cleaning or measuring a map of this shape takes at once, beside a few numbers per piece."""
+    return min(shape[0], planes_of(shape) + 1) * shape[1] * shape[2] * WORKING_BYTES
 
 
 def slabs(first: int, last: int, planes: int) -> Iterator[tuple[int, int, int]]:

@@ -16,7 +16,7 @@ from vnet_core.geometry import Geometry, matrix_of, resampled, to_canonical
 from vnet_core.inference import choose_tile, computed_shape, predict_logits, prepare, region_logits
 from vnet_core.networks.vnet import build_vnet
 from vnet_core.plan import Plan
-from vnet_core.portions import EDGE, Portions, divided, segment_portion, tile_of_portions, whole_bytes
+from vnet_core.portions import EDGE, Portions, divided, segment_portion, smaller_tile, tile_of_portions, whole_bytes
 from vnet_core.preprocess import restore
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def reader(whole: torch.Tensor):
 
 def small_portions(plan: Plan, network: Geometry, scan: Geometry, edges, count: int = 1) -> Portions:
     tile = tile_of_portions(plan, network.shape, 4)
-    portions = divided(plan, network, scan, tile, number_of_passes(count, plan), 4)
+    portions = divided(plan, (network, scan), tile, number_of_passes(count, plan), 4, 2**32)
     return replace(portions, edges=edges)
 
 
@@ -160,19 +160,21 @@ def large(limit_gib: float, labels: int = 8, shape=(256, 256, 256), patch: int =
 
 def test_portions_cover_the_scan_once_in_multiples_of_a_chunk_within_the_limit():
     plan, grid = large(1.0)
-    portions = divided(plan, grid, grid, tile_of_portions(plan, grid.shape, 4), 1, 4)
+    portions = divided(plan, (grid, grid), tile_of_portions(plan, grid.shape, 4), 1, 4, 2**30)
     assert sum(prod(portion.shape) for portion in portions.regions()) == prod(grid.shape)
     assert all(edge % EDGE == 0 for edge in portions.edges)
     assert 0.5 * 2**30 < portions.peak_bytes <= 2**30
     roomier, _ = large(2.0)
     tile = tile_of_portions(roomier, grid.shape, 4)
-    assert len(divided(roomier, grid, grid, tile, 1, 4).regions()) < len(portions.regions())
+    assert len(divided(roomier, (grid, grid), tile, 1, 4, 2**31).regions()) < len(portions.regions())
 
 
 def test_a_limit_below_the_smallest_portion_is_refused_with_both_numbers():
     plan, grid = large(1.0, labels=3000)
-    with pytest.raises(MemoryLimitError, match=r"smallest portion .* needs \d+\.\d\d GiB; .* is 1;") as caught:
-        divided(plan, grid, grid, (32, 32, 32), 1, 4)
+    with pytest.raises(
+        MemoryLimitError, match=r"smallest portion .* needs \d+\.\d\d GiB, 1\.00 GiB are allowed"
+    ) as caught:
+        divided(plan, (grid, grid), (32, 32, 32), 1, 4, 2**30)
     assert caught.value.code == "memory.portion"
 
 
@@ -187,5 +189,10 @@ def test_the_patch_is_the_tile_where_bands_would_leave_less():
 def test_a_hundred_labels_on_a_body_scan_are_84_gb_whole_and_4_gib_in_portions():
     plan, grid = large(3.0, labels=100, shape=(800, 512, 512), patch=64)
     assert whole_bytes(plan, grid.shape, grid.shape, 1, 2) > 84e9
-    portions = divided(plan, grid, grid, tile_of_portions(plan, grid.shape, 2), 1, 2)
+    portions = divided(plan, (grid, grid), tile_of_portions(plan, grid.shape, 2), 1, 2, 3 * 2**30)
     assert portions.peak_bytes <= 3 * 2**30
+
+
+def test_a_smaller_tile_has_half_the_edges_until_two_divisors():
+    assert smaller_tile((64, 40, 9), 4) == (32, 20, 8)
+    assert smaller_tile((8, 8, 3), 4) is None
