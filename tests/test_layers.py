@@ -30,6 +30,7 @@ RANKS = (
         "surface",
         "statistics",
         "report",
+        "slabs",
         "reporting",
         "plausibility",
         "drift",
@@ -48,7 +49,7 @@ RANKS = (
         "losses",
         "fingerprint",
     ),
-    ("training", "fitting", "inference", "ensemble", "planning"),
+    ("training", "fitting", "inference", "ensemble", "portions", "planning"),
 )
 """Modules of vnet_core; each imports only its own rank and those above it here."""
 

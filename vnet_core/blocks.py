@@ -50,14 +50,19 @@ def tiles(shape: Shape, tile_shape: Shape, overlap: float) -> list[Region]:
         . . . 3 4 5 6 . . .
         . . . . . . 6 7 8 9
     """
-    assert 0 <= overlap < 1, overlap
     axes = []
     for n, edge in zip(shape, tile_shape, strict=True):
-        edge = min(edge, n)
-        step = max(1, int(edge * (1 - overlap)))
-        count = 1 + ceil((n - edge) / step)
-        axes.append([(start, start + edge) for start in (min(i * step, n - edge) for i in range(count))])
+        axes.append([(start, start + min(edge, n)) for start in tile_starts(n, edge, overlap)])
     return [Region((z[0], y[0], x[0]), (z[1], y[1], x[1])) for z, y, x in product(*axes)]
+
+
+def tile_starts(voxels: int, edge: int, overlap: float) -> list[int]:
+    """Where the tiles of :func:`tiles` begin along one axis, ascending."""
+    assert 0 <= overlap < 1, overlap
+    edge = min(edge, voxels)
+    step = max(1, int(edge * (1 - overlap)))
+    count = 1 + ceil((voxels - edge) / step)
+    return [min(number * step, voxels - edge) for number in range(count)]
 
 
 def gaussian_weights(tile_shape: Shape) -> np.ndarray:

@@ -5,16 +5,16 @@ B batch, C input channel, K output, Z Y X voxels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
-from itertools import chain, groupby
+from itertools import chain, groupby, product
 from math import prod
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vnet_core.blocks import Region, gaussian_weights, tiles
+from vnet_core.blocks import Region, gaussian_weights, tile_starts, tiles
 from vnet_core.errors import MemoryLimitError
 from vnet_core.geometry import Shape
 from vnet_core.networks.layout import padded
@@ -181,6 +181,58 @@ def _blended(network: nn.Module, image_CZYX: Tensor, regions: list[Region], outp
             sums[..., y, x] += _pass(network, image_CZYX[:, z, y, x]).mul_(weights)
             totals[..., y, x] += weights
     yield sums.div_(totals)
+
+
+def region_logits(
+    network: nn.Module, read: Callable[[Region], Tensor], plan: Plan, shape: Shape, tile: Shape, region: Region
+) -> Tensor:
+    """The voxels of ``region`` of the logits (K, Z, Y, X) of :func:`predict_logits` in tiles of ``tile``, bit for bit.
+
+    ``read`` gives the image (C, Z, Y, X) of a region of the volume, whose shape is ``shape``. Only the tiles that reach
+    the region are computed; they are added up in the order in which those of the whole volume are.
+    """
+    before, _ = _margins(plan, shape)
+    whole = computed_shape(plan, shape)
+    z, y, x = (min(edge, n) for edge, n in zip(tile, whole, strict=True))
+    edges: Shape = (z, y, x)
+    starts = [tile_starts(n, edge, plan.inference.overlap) for n, edge in zip(whole, edges, strict=True)]
+    start, stop = _moved(region.start, before), _moved(region.stop, before)
+    reaching = [
+        [s for s in axis if s < b and s + edge > a] for axis, edge, a, b in zip(starts, edges, start, stop, strict=True)
+    ]
+    alone = all(len(axis) == 1 for axis in starts)
+    weights = torch.ones(edges) if alone else torch.from_numpy(gaussian_weights(edges))
+    sums = torch.zeros((plan.outputs, *region.shape))
+    totals = torch.zeros(region.shape)
+    for corner in product(*reaching):
+        logits = _pass(network, _padded_tile(read, corner, edges, before, shape)).mul_(weights)
+        into, out_of = [], []
+        for s, edge, a, b in zip(corner, edges, start, stop, strict=True):
+            into.append(slice(max(s, a) - a, min(s + edge, b) - a))
+            out_of.append(slice(max(s, a) - s, min(s + edge, b) - s))
+        sums[(slice(None), *into)] += logits[(slice(None), *out_of)]
+        totals[tuple(into)] += weights[tuple(out_of)]
+    return sums.div_(totals)
+
+
+def _padded_tile(
+    read: Callable[[Region], Tensor], corner: tuple[int, ...], edges: Shape, before: Shape, shape: Shape
+) -> Tensor:
+    """The tile that begins at ``corner`` of the padded volume, with zeros where the volume, ``shape``, has no voxel."""
+    start, stop, zeros = [], [], []
+    for s, edge, margin, n in zip(corner, edges, before, shape, strict=True):
+        start.append(max(0, s - margin))
+        stop.append(min(n, s + edge - margin))
+        zeros.append((start[-1] + margin - s, s + edge - margin - stop[-1]))
+    tile = read(Region((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])))
+    if any(map(any, zeros)):
+        tile = F.pad(tile, [n for pair in reversed(zeros) for n in pair])
+    return tile
+
+
+def _moved(index: Shape, by: Shape) -> Shape:
+    z, y, x = (a + b for a, b in zip(index, by, strict=True))
+    return z, y, x
 
 
 def _pass(network: nn.Module, image_CZYX: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def measure(labels_ZYX: np.ndarray, geometry: Geometry, labels: Sequence[Label])
     Values that are not among ``labels`` count as background. After one pass over the map, each label costs the work
     of its own bounding box. Raises ScanError ``scan.shape`` when the map does not fit the grid.
     """
-    return _measured(labels_ZYX, geometry, [_Part(label.value, label.name, (label.value,)) for label in labels])
+    return _measured(labels_ZYX, geometry, label_parts(labels))
 
 
 def measure_regions(
@@ -62,13 +62,7 @@ def measure_regions(
     The map holds the values of the plan, as :func:`measure` wants it. Regions may overlap, so their volumes do not add
     up. A region that is one of ``labels`` under the same name is left out: the label's report says the same.
     """
-    alone = {(label.name, frozenset({label.value})) for label in labels}
-    parts = [
-        _Part(None, region.name, region.values)
-        for region in regions
-        if (region.name, frozenset(region.values)) not in alone
-    ]
-    return _measured(labels_ZYX, geometry, parts)
+    return _measured(labels_ZYX, geometry, region_parts(labels, regions))
 
 
 def to_row(report: LabelReport) -> dict[str, int | float | str | bool | None]:
@@ -100,23 +94,44 @@ def shape_flags(voxels: int, touches_border: bool, components: int, many_compone
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """What one report is about."""
 
     label: int | None
     name: str
     values: tuple[int, ...]
 
+    def mask(self, labels_ZYX: np.ndarray) -> np.ndarray:
+        """Where it is, bool."""
+        one = len(self.values) == 1
+        found: np.ndarray = labels_ZYX == self.values[0] if one else np.isin(labels_ZYX, self.values)
+        return found
 
-def _measured(labels_ZYX: np.ndarray, geometry: Geometry, parts: Sequence[_Part]) -> list[LabelReport]:
+
+def label_parts(labels: Sequence[Label]) -> list[Part]:
+    """What :func:`measure` reports."""
+    return [Part(label.value, label.name, (label.value,)) for label in labels]
+
+
+def region_parts(labels: Sequence[Label], regions: Sequence[Region]) -> list[Part]:
+    """What :func:`measure_regions` reports."""
+    alone = {(label.name, frozenset({label.value})) for label in labels}
+    return [
+        Part(None, region.name, region.values)
+        for region in regions
+        if (region.name, frozenset(region.values)) not in alone
+    ]
+
+
+def _measured(labels_ZYX: np.ndarray, geometry: Geometry, parts: Sequence[Part]) -> list[LabelReport]:
     if labels_ZYX.shape != geometry.shape:
         raise ScanError("scan.shape", f"labels of shape {labels_ZYX.shape} do not fit the grid {geometry.shape}")
     highest = max((value for part in parts for value in part.values), default=1)
     boxes = ndimage.find_objects(labels_ZYX, max_label=highest)
-    return [_measure(labels_ZYX, geometry, part, _union([boxes[v - 1] for v in part.values])) for part in parts]
+    return [_measure(labels_ZYX, geometry, part, union([boxes[v - 1] for v in part.values])) for part in parts]
 
 
-def _union(boxes: Sequence[Box | None]) -> Box | None:
+def union(boxes: Sequence[Box | None]) -> Box | None:
     """The smallest box that holds all those that there are."""
     found = [box for box in boxes if box is not None]
     if not found:
@@ -125,17 +140,31 @@ def _union(boxes: Sequence[Box | None]) -> Box | None:
     return z, y, x
 
 
-def _measure(labels_ZYX: np.ndarray, geometry: Geometry, part: _Part, box: Box | None) -> LabelReport:
+def _measure(labels_ZYX: np.ndarray, geometry: Geometry, part: Part, box: Box | None) -> LabelReport:
     if box is None:
-        return LabelReport(part.label, part.name, 0, 0.0, None, None, None, None, None, 0, False)
-    mask = labels_ZYX[box] == part.values[0] if len(part.values) == 1 else np.isin(labels_ZYX[box], part.values)
-    start = np.array([s.start for s in box])
-    voxels = int(np.count_nonzero(mask))
-    per_index = (np.count_nonzero(mask, axis=tuple({0, 1, 2} - {a})) for a in range(3))
-    centroid = start + [float(n @ np.arange(len(n))) / voxels for n in per_index]
+        return report_of(part, None, geometry)
+    mask = part.mask(labels_ZYX[box])
+    per_index = [np.count_nonzero(mask, axis=tuple({0, 1, 2} - {a})) for a in range(3)]
     # not as bool: cc3d 4.1 reserves too few numbers for bool arrays, and fails on the comb 1 0 1 of shape (1, 1, 3)
     _, components = cc3d.connected_components(mask.view(np.uint8), connectivity=26, return_N=True)
-    lower_mm, upper_mm = _bounds_mm(mask, start, geometry)
+    bounds = bounds_mm(mask, np.array([s.start for s in box]), geometry)
+    return report_of(part, box, geometry, per_index, bounds, int(components))
+
+
+def report_of(
+    part: Part,
+    box: Box | None,
+    geometry: Geometry,
+    per_index: Sequence[np.ndarray] = (),
+    bounds: tuple[np.ndarray, np.ndarray] | None = None,
+    components: int = 0,
+) -> LabelReport:
+    """The report of a part from its counts: the box of its voxels, None where there are none, how many lie at each
+    index of the box along each axis, the world corners of :func:`bounds_mm`, and its connected pieces."""
+    if box is None or bounds is None:
+        return LabelReport(part.label, part.name, 0, 0.0, None, None, None, None, None, 0, False)
+    voxels = int(per_index[0].sum())
+    centroid = np.array([s.start for s in box]) + [float(n @ np.arange(len(n))) / voxels for n in per_index]
     return LabelReport(
         label=part.label,
         name=part.name,
@@ -143,15 +172,15 @@ def _measure(labels_ZYX: np.ndarray, geometry: Geometry, part: _Part, box: Box |
         volume_ml=voxels * geometry.voxel_ml,
         slice_first=box[0].start,
         slice_last=box[0].stop - 1,
-        bbox_min_mm=lower_mm,
-        bbox_max_mm=upper_mm,
+        bbox_min_mm=_triple(bounds[0]),
+        bbox_max_mm=_triple(bounds[1]),
         centroid_mm=_triple(world_mm(geometry, centroid)),
-        components=int(components),
+        components=components,
         touches_border=any(s.start == 0 or s.stop == n for s, n in zip(box, geometry.shape, strict=True)),
     )
 
 
-def _bounds_mm(mask: np.ndarray, start: np.ndarray, geometry: Geometry) -> tuple[Triple, Triple]:
+def bounds_mm(mask: np.ndarray, start: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
     """World box of the voxels of a mask whose first voxel has index ``start``, out to their edges."""
     # a coordinate changes monotonically along a row, so the first and last voxel of each row hold its extremes
     rows = np.argwhere(mask.any(axis=2))
@@ -159,7 +188,7 @@ def _bounds_mm(mask: np.ndarray, start: np.ndarray, geometry: Geometry) -> tuple
     ends = (in_rows.argmax(axis=1), mask.shape[2] - 1 - in_rows[:, ::-1].argmax(axis=1))
     centres_mm = world_mm(geometry, np.concatenate([np.column_stack([rows, x]) for x in ends]) + start)
     half_voxel_mm = np.abs(geometry.matrix[:3, :3]).sum(axis=1) / 2
-    return _triple(centres_mm.min(axis=0) - half_voxel_mm), _triple(centres_mm.max(axis=0) + half_voxel_mm)
+    return centres_mm.min(axis=0) - half_voxel_mm, centres_mm.max(axis=0) + half_voxel_mm
 
 
 def _triple(values: np.ndarray) -> Triple:

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from vnet_core.blocks import Region
 from vnet_core.decide import Decision
-from vnet_core.geometry import Geometry
+from vnet_core.geometry import Geometry, Shape
 
 Coordinates = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Fractional source index of every target index along (z, y, x); float64, one 1-D array per axis."""
@@ -43,13 +44,19 @@ def _snap(index: np.ndarray) -> np.ndarray:
     return np.where(np.abs(index - whole) < 1e-6, whole, index)
 
 
-def linear(values: torch.Tensor, at: Coordinates) -> torch.Tensor:
-    """Values (..., Z, Y, X), float, interpolated at ``at``; the outermost value is kept beyond the edge."""
-    # z first, so that slabs of a volume are rounded as the whole; then the axis that shrinks more, which is cheaper
-    sizes = [len(at[a]) / values.shape[a - 3] for a in range(3)]
-    for axis in [0, *sorted((1, 2), key=lambda a: sizes[a])]:
+def linear(values: torch.Tensor, at: Coordinates, order: Sequence[int] | None = None) -> torch.Tensor:
+    """Values (..., Z, Y, X), float, interpolated at ``at``; the outermost value is kept beyond the edge.
+
+    ``order`` of the axes decides how a value is rounded: a part of a volume is given that of the whole.
+    """
+    for axis in order or _order(values.shape[-3:], [len(c) for c in at]):
         values = _linear_axis(values, at[axis], axis - 3)
     return values
+
+
+def _order(source: Sequence[int], target: Sequence[int]) -> list[int]:
+    """z first, so that slabs of a volume are rounded as the whole; then the axis that shrinks more, which is cheaper"""
+    return [0, *sorted((1, 2), key=lambda a: target[a] / source[a])]
 
 
 def _linear_axis(values: torch.Tensor, at: np.ndarray, axis: int) -> torch.Tensor:
@@ -137,22 +144,67 @@ def decided(logits: torch.Tensor, at: Coordinates, decide: Decision) -> np.ndarr
     Probabilities, not classes, are interpolated. A voxel centre that lies outside the network's grid is background.
     Only a slab of probabilities exists at a time, at most ``SLAB_VALUES`` values.
     """
-    outputs, *grid = logits.shape
-    dtype = np.uint8 if decide.classes <= 256 else np.uint16
-    inside = [(c >= -0.5 - 1e-6) & (c <= n - 0.5 + 1e-6) for c, n in zip(at, grid, strict=True)]
-    shape = tuple(len(c) for c in at)
-    result = np.zeros(shape, dtype)
-    rows = [np.flatnonzero(i) for i in inside]
-    if any(len(r) == 0 for r in rows):
+    shape: Shape = (logits.shape[1], logits.shape[2], logits.shape[3])
+    return decided_part(logits, Region((0, 0, 0), shape), shape, at, Region((0, 0, 0), _lengths(at)), decide)
+
+
+def reach(at: Coordinates, shape: Shape, part: Region) -> Region | None:
+    """The voxels of a network's grid of ``shape`` that decide those of ``part`` of the target; None: all is background.
+
+    ``at`` are the places of the whole target.
+    """
+    start, stop = [], []
+    for axis, inside in enumerate(_inside(at, shape, part)):
+        if inside is None:
+            return None
+        wanted = np.clip(at[axis][inside], 0, shape[axis] - 1)
+        start.append(int(np.floor(wanted[0])))
+        stop.append(int(np.ceil(wanted[-1])) + 1)
+    return Region((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
+
+
+def decided_part(
+    logits: torch.Tensor, held: Region, shape: Shape, at: Coordinates, part: Region, decide: Decision
+) -> np.ndarray:
+    """The voxels of ``part`` of what :func:`decided` gives for a network's whole grid of ``shape``.
+
+    ``logits`` (K, Z, Y, X) are those of ``held``, which contains the :func:`reach` of ``part``. The exponentials of a
+    softmax may be rounded otherwise in the last place.
+    """
+    result = np.zeros(part.shape, np.uint8 if decide.classes <= 256 else np.uint16)
+    inside = _inside(at, shape, part)
+    if None in inside:
         return result
-    z, y, x = (slice(r[0], r[-1] + 1) for r in rows)
+    whole = [slice_ for slice_ in _inside(at, shape, Region((0, 0, 0), _lengths(at))) if slice_ is not None]
+    order = _order(shape, [rows.stop - rows.start for rows in whole])
+    places = [
+        np.clip(c[rows], 0, n - 1) - first
+        for c, rows, n, first in zip(at, inside, shape, held.start, strict=True)
+        if rows is not None
+    ]
+    top, left, front = (rows.start - a for rows, a in zip(inside, part.start, strict=True) if rows is not None)
+    y, x = slice(left, left + len(places[1])), slice(front, front + len(places[2]))
     rows_per_row = max(1.0, float(np.diff(at[0]).max(initial=0)))
-    step = max(1, int(SLAB_VALUES / (outputs * max(shape[1] * shape[2], grid[1] * grid[2]) * rows_per_row)))
-    for start in range(z.start, z.stop, step):
-        slab = slice(start, min(start + step, z.stop))
-        wanted = np.clip(at[0][slab], 0, grid[0] - 1)
+    plane = max(part.shape[1] * part.shape[2], held.shape[1] * held.shape[2])
+    step = max(1, int(SLAB_VALUES / (len(logits) * plane * rows_per_row)))
+    for begin in range(0, len(places[0]), step):
+        wanted = places[0][begin : begin + step]
         first, last = int(np.floor(wanted[0])), int(np.ceil(wanted[-1]))
         probability = decide.probability(logits[:, first : last + 1].float())
-        probability = linear(probability, (wanted - first, at[1][y], at[2][x]))
-        result[slab, y, x] = decide.choose(probability).numpy().astype(dtype)
+        probability = linear(probability, (wanted - first, places[1], places[2]), order)
+        result[top + begin : top + begin + len(wanted), y, x] = decide.choose(probability).numpy().astype(result.dtype)
     return result
+
+
+def _inside(at: Coordinates, shape: Shape, part: Region) -> list[slice | None]:
+    """Along each axis the indices of the part whose places lie within a grid of ``shape``; None: there are none."""
+    found: list[slice | None] = []
+    for c, n, a, b in zip(at, shape, part.start, part.stop, strict=True):
+        rows = a + np.flatnonzero((c[a:b] >= -0.5 - 1e-6) & (c[a:b] <= n - 0.5 + 1e-6))
+        found.append(slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) else None)
+    return found
+
+
+def _lengths(at: Coordinates) -> Shape:
+    z, y, x = (len(c) for c in at)
+    return z, y, x

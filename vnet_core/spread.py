@@ -11,13 +11,14 @@ no such scale, and a voxel counts with its own volume on the network's grid. The
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from vnet_core.plan import Plan
 from vnet_core.postprocess import clean
+from vnet_core.sections import Cleaning
 
 SLAB_VOXELS = 1 << 22
 """Voxels that are counted at once; each takes 16 bytes meanwhile."""
@@ -70,15 +71,32 @@ def spread_of(mean_ZYX: np.ndarray, passes: Sequence[np.ndarray], plan: Plan, vo
     """
     if not passes:
         return None
-    values = (0, *(label.value for label in plan.labels))
-    # maps of classes, not of label values: a table over all values would have 65536 rows
-    cleanings = [one.model_copy(update={"label": values.index(one.label)}) for one in plan.inference.cleaning]
+    cleanings = class_cleanings(plan)
     mean = clean(mean_ZYX, voxel_ml, cleanings)
-    counts = [_counts(mean, clean(alone, voxel_ml, cleanings), plan.classes) for alone in passes]
-    return Spread(np.stack(counts), values, voxel_ml)
+    counts = [class_counts(mean, clean(alone, voxel_ml, cleanings), plan.classes) for alone in passes]
+    return Spread(np.stack(counts), _values(plan), voxel_ml)
 
 
-def _counts(mean_ZYX: np.ndarray, pass_ZYX: np.ndarray, classes: int) -> np.ndarray:
+def spread_of_slabs(slabs: Iterable[tuple[np.ndarray, Sequence[np.ndarray]]], plan: Plan, voxel_ml: float) -> Spread:
+    """As :func:`spread_of`, of slabs of the mean with those of every pass, cleaned by :func:`class_cleanings`."""
+    counts: np.ndarray | int = 0
+    for mean, passes in slabs:
+        counts = counts + np.stack([class_counts(mean, alone, plan.classes) for alone in passes])
+    return Spread(np.asarray(counts), _values(plan), voxel_ml)
+
+
+def class_cleanings(plan: Plan) -> list[Cleaning]:
+    """The cleanings of a plan for maps of classes, not of label values: a table over those could have 65536 rows."""
+    values = _values(plan)
+    return [one.model_copy(update={"label": values.index(one.label)}) for one in plan.inference.cleaning]
+
+
+def _values(plan: Plan) -> tuple[int, ...]:
+    return (0, *(label.value for label in plan.labels))
+
+
+def class_counts(mean_ZYX: np.ndarray, pass_ZYX: np.ndarray, classes: int) -> np.ndarray:
+    """int64 (classes, classes): voxels of each class of the mean by their class in a pass."""
     mean, other = mean_ZYX.ravel(), pass_ZYX.ravel()
     counts = np.zeros(classes * classes, np.int64)
     for start in range(0, mean.size, SLAB_VOXELS):

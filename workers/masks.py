@@ -98,8 +98,14 @@ def written(values: np.ndarray, labels: Sequence[Label], output: OutputPlan) -> 
 
     Labels with one value are one label, with their names joined by '+'; it has a code where all of them have the same.
     """
+    table, merged = translation(labels, output, int(values.max(initial=0)))
+    return table[values], merged
+
+
+def translation(labels: Sequence[Label], output: OutputPlan, largest: int = 0) -> tuple[np.ndarray, tuple[Label, ...]]:
+    """The value that each value up to ``largest`` is written with, uint8 or uint16, and the labels of the written."""
     told = {label.value: output.values.get(label.name, label.value) for label in labels}
-    table = np.zeros(int(max([*told, values.max(initial=0)])) + 1, np.int64)
+    table = np.zeros(max([*told, largest]) + 1, np.int64)
     for value, target in told.items():
         table[value] = target
     merged = []
@@ -107,7 +113,7 @@ def written(values: np.ndarray, labels: Sequence[Label], output: OutputPlan) -> 
         parts = [label for label in labels if told[label.value] == target]
         code = parts[0].code if len({part.code for part in parts}) == 1 else ""
         merged.append(Label(value=target, name="+".join(part.name for part in parts), code=code))
-    return table.astype(_dtype(table.max(initial=0)))[values], tuple(merged)
+    return table.astype(_dtype(table.max(initial=0))), tuple(merged)
 
 
 def publish_mask(
@@ -141,9 +147,10 @@ def _publish(root: Root, key: str, mask: Mask, geometry: Geometry, last_words: C
             with root.written(f"{key}/{file}") as path:
                 _write(path, mask, values, labels)
         _prove(root, f"{key}/{file}", values, labels, geometry)
-    report: dict[str, Any] = {"labels": _rows(measure(mask.values, geometry, plan.labels), mask)}
+    report: dict[str, Any] = {"labels": report_rows(measure(mask.values, geometry, plan.labels), plan, mask.spread)}
     if plan.regions:
-        report["regions"] = _rows(measure_regions(mask.values, geometry, plan.labels, plan.regions), mask)
+        found = measure_regions(mask.values, geometry, plan.labels, plan.regions)
+        report["regions"] = report_rows(found, plan, mask.spread)
     scan = read_scan_apart(mask.case.channels[0], plan.reading)
     if source_digest(mask.case.channels, plan.reading) != mask.case.digest:
         raise ScanError(
@@ -174,17 +181,17 @@ def _write(path: Path, mask: Mask, values: np.ndarray, labels: Sequence[Label]) 
     write(path, values, geometry, labels, source_files(mask.case.channels[0]), mask.algorithm)
 
 
-def _rows(reports: Sequence[LabelReport], mask: Mask) -> list[dict[str, Any]]:
-    return [{**to_row(report), **_spread(report, mask), "flags": list(flags(report))} for report in reports]
+def report_rows(reports: Sequence[LabelReport], plan: Plan, spread: Spread | None) -> list[dict[str, Any]]:
+    """Rows of ``report.json``, with the technical uncertainty where the mask is of several passes."""
+    return [{**to_row(report), **_spread(report, plan, spread), "flags": list(flags(report))} for report in reports]
 
 
-def _spread(report: LabelReport, mask: Mask) -> dict[str, float]:
-    """Technical uncertainty of a label or region; nothing where the mask is of one pass."""
-    if mask.spread is None:
+def _spread(report: LabelReport, plan: Plan, spread: Spread | None) -> dict[str, float]:
+    if spread is None:
         return {}
-    regions = {region.name: region.values for region in mask.plan.regions}
+    regions = {region.name: region.values for region in plan.regions}
     values = regions[report.name] if report.label is None else (report.label,)
-    return asdict(mask.spread.of(values, report.volume_ml))
+    return asdict(spread.of(values, report.volume_ml))
 
 
 def _prove(root: Root, key: str, values: np.ndarray, labels: Sequence[Label], geometry: Geometry) -> None:
@@ -192,10 +199,14 @@ def _prove(root: Root, key: str, values: np.ndarray, labels: Sequence[Label], ge
     with root.at_hand(key) as path:
         found = _read_back(path, labels, geometry)
     if not np.array_equal(found.labels, values) or not same_grid(found.geometry, geometry):
-        raise StorageError("mask.unproven", f"{key} does not read back as it was written; check the disk, run again")
+        raise unproven(key)
     reorientation, canonical = to_canonical(geometry)
     expected_mm = _centroid_mm(reorientation.apply(values), canonical)
-    found_mm = _centroid_mm(found.labels, found.geometry)
+    check_places(key, expected_mm, _centroid_mm(found.labels, found.geometry), geometry)
+
+
+def check_places(key: str, expected_mm: np.ndarray | None, found_mm: np.ndarray | None, geometry: Geometry) -> None:
+    """StorageError ``mask.unproven`` where two centroids, world (x, y, z), of one mask lie apart."""
     if expected_mm is not None and found_mm is not None:
         distance_mm = float(np.abs(expected_mm - found_mm).max())
         allowed_mm = min(CENTROID_TOLERANCE_MM, CENTROID_TOLERANCE_VOXELS * min(geometry.spacing_mm))
@@ -205,6 +216,11 @@ def _prove(root: Root, key: str, values: np.ndarray, labels: Sequence[Label], ge
                 f"{key} reads back {distance_mm:.3g} mm from where it was computed (at most {allowed_mm:.3g} mm);"
                 " it was not published, report the scan's header",
             )
+
+
+def unproven(key: str) -> StorageError:
+    """The error of a mask whose voxels or grid are not those that were written."""
+    return StorageError("mask.unproven", f"{key} does not read back as it was written; check the disk, run again")
 
 
 def _read_back(path: Path, labels: Sequence[Label], geometry: Geometry) -> Volume:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from vnet_core.volume import Scan, Volume
 from workers.dicom.headers import NotDicom, read_elements
 from workers.dicom.tree import find_series
 from workers.dicom.volumes import read_series, series_geometry
-from workers.formats.blocks import Layout, open_regular, read_block, unchanged
+from workers.formats.blocks import Layout, open_regular, read_block, read_planes, unchanged
 from workers.formats.headers import FileGrid, Settled, not_a, settled
 from workers.formats.metaimage import META_SUFFIXES, meta_layout
 from workers.formats.nifti import NIFTI_SUFFIXES, nifti_layout, second_opinion
@@ -132,6 +132,14 @@ def read_geometry(source: str | Path, reading: ReadingPlan = AS_STORED) -> Geome
         place = settled(layout.grid, reading.sheared_axes)
         _second_opinion(path, layout, reading)
     return place.geometry
+
+
+def label_planes(path: Path) -> Iterator[np.ndarray]:
+    """Planes (Y, X) of a NIfTI, MetaImage or NRRD label map in turn, for what is larger than memory; not rescaled.
+
+    Errors as :func:`workers.formats.blocks.read_planes`.
+    """
+    yield from read_planes(_layout(path, AS_STORED))
 
 
 def source_files(source: str | Path) -> list[Path]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from vnet_core.errors import MemoryLimitError, StorageError
+from vnet_core.geometry import Shape
 from vnet_core.plan import Plan
-from workers.arrays import read_array
+from workers.arrays import StoredArray, read_array
 from workers.clusters import Engines, check_ray_node
 from workers.cohort import Case, result_key, volume_geometry, volume_key
 from workers.failpoints import fail_point
@@ -25,7 +27,12 @@ from workers.store import Root
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import nn
+
+    from vnet_core.geometry import Geometry
+    from vnet_core.spread import Spread
+    from workers.large import Large
 
 STAGE = "segment"
 ATTEMPTS = 2
@@ -79,12 +86,9 @@ class Segmenter:
     def _segment(self, job: Job) -> tuple[State, str, tuple[str, ...]]:
         import torch
 
-        from vnet_core.decide import decision
-        from vnet_core.ensemble import decide_on_grid, predict
-        from vnet_core.postprocess import clean
-        from vnet_core.preprocess import restore
-        from vnet_core.spread import spread_of
         from workers.dicom.derived import Algorithm
+        from workers.large import IN_PORTIONS, SMALLER_TILE, out_of_memory
+        from workers.large_masks import LargeMask, publish_large_mask
 
         plan, case, costs = plan_of(job, self.model), job.case, Costs()
         key = key_of(job, self.model)
@@ -93,19 +97,29 @@ class Segmenter:
             raise StorageError("segment.no-volume", f"{volume} of case {case.id} is not finished; preprocess it first")
         assert case.geometry is not None, "a finished volume has a geometry"
         check_format(case, job.mask_format)
-        image = torch.from_numpy(self._read_volume(volume))
+        grid = volume_geometry(self.root, volume)
+        whole = self._fits_whole(plan, grid.shape, case.geometry.shape)
+        with self._sound(volume):
+            image = torch.from_numpy(read_array(self.root, volume, "image")) if whole else None
         fail_point("segment:read", key)
+        found: tuple[np.ndarray, Spread | None] | None = None
+        large: Large | None = None
+        notes: list[str] = []
         with costs.waiting(self._computing):
-            self._check_memory(plan, tuple(image.shape[1:]))
-            grid = volume_geometry(self.root, volume)
-            said = predict(self.networks, image.to(self.device), plan)
-            classes = restore(said.logits, grid, case.geometry, decision(plan))
-            spread = None
-            if said.passes:
-                spread = spread_of(decide_on_grid(said.logits, plan), said.passes, plan, grid.voxel_ml)
-        values = clean(label_values(classes, plan.labels), case.geometry.voxel_ml, plan.inference.cleaning)
+            if image is not None:
+                try:
+                    found = self._whole(image, grid, case.geometry, plan)
+                except Exception as error:
+                    if not out_of_memory(error):
+                        raise
+                    notes.append(IN_PORTIONS)
+            image = None
+            if found is None:
+                with self._sound(volume):
+                    large = self._in_portions(volume, f"{key}/portions", case, plan)
+                notes += [SMALLER_TILE] if large.smaller_tile else []
         fail_point("segment:computed")
-        provenance = {
+        provenance: dict[str, Any] = {
             "cohort": job.cohort,
             "model": self.model.reference,
             "model_digest": self.model.digest,
@@ -115,15 +129,82 @@ class Segmenter:
         }
         algorithm = Algorithm(self.model.reference, self.model.digest[:16])
         drift = drift_of(self.root, volume, self.model.facts)
-        mask = Mask(case, values, plan, job.mask_format, algorithm, provenance, spread, drift)
-        publish_mask(self.root, key, mask, lambda: self._last_words(job, costs))
+        if large is not None:
+            provenance |= large.facts() | ({"warnings": notes} if notes else {})
+            parts = (case, large.values, plan, job.mask_format, algorithm, provenance)
+            limit_bytes = int(plan.inference.memory_limit_gib * 2**30)
+            large_mask = LargeMask(*parts, large.spread, drift, limit_bytes)
+            publish_large_mask(self.root, key, large_mask, lambda: self._last_words(job, costs))
+        elif found is not None:
+            mask = Mask(case, found[0], plan, job.mask_format, algorithm, provenance, found[1], drift)
+            publish_mask(self.root, key, mask, lambda: self._last_words(job, costs))
         fail_point("segment:sealed", key)
-        return "computed", key, ()
+        return "computed", key, tuple(notes)
 
-    def _read_volume(self, volume: str) -> np.ndarray:
-        """Its image. A damaged one is taken away, receipt first, so that the next try makes it again."""
+    def _fits_whole(self, plan: Plan, network_shape: Shape, scan_shape: Shape) -> bool:
+        """Whether the case is segmented and published with everything in memory: decided by the plan alone."""
+        from vnet_core.ensemble import number_of_passes
+        from vnet_core.portions import whole_bytes
+
+        passes = number_of_passes(len(self.networks), plan)
+        needed = whole_bytes(plan, network_shape, scan_shape, passes, self.precision.itemsize)
+        return needed <= plan.inference.memory_limit_gib * 2**30
+
+    def _whole(
+        self, image: torch.Tensor, grid: Geometry, scan_grid: Geometry, plan: Plan
+    ) -> tuple[np.ndarray, Spread | None]:
+        """Label values (Z, Y, X) on the scan's own grid, cleaned, of an image (C, Z, Y, X) in memory."""
+        from vnet_core.decide import decision
+        from vnet_core.ensemble import decide_on_grid, predict
+        from vnet_core.postprocess import clean
+        from vnet_core.preprocess import restore
+        from vnet_core.spread import spread_of
+
+        self._check_memory(plan, grid.shape)
+        said = predict(self.networks, image.to(self.device), plan)
+        classes = restore(said.logits, grid, scan_grid, decision(plan))
+        spread = None
+        if said.passes:
+            spread = spread_of(decide_on_grid(said.logits, plan), said.passes, plan, grid.voxel_ml)
+        values = clean(label_values(classes, plan.labels), scan_grid.voxel_ml, plan.inference.cleaning)
+        return values, spread
+
+    def _in_portions(self, volume: str, scratch: str, case: Case, plan: Plan) -> Large:
+        """The case's label map in the storage root below ``scratch``, with smaller tiles where memory asks for it.
+
+        MemoryLimitError ``segment.out-of-memory`` where even the smallest tile is too much.
+        """
+        from vnet_core.inference import computed_shape
+        from vnet_core.portions import smaller_tile, tile_of_portions
+        from workers.large import Work, out_of_memory, segment_in_portions
+
+        assert case.geometry is not None, "a finished volume has a geometry"
+        image = StoredArray(self.root, volume, "image").whole()
+        grid = volume_geometry(self.root, volume)
+        work = Work(self.root, scratch, self.networks, self.device, plan, image, (grid, case.geometry))
+        first = tile_of_portions(plan, grid.shape, self.precision.itemsize)
+        tile = first
+        while True:
+            try:
+                return replace(segment_in_portions(work, tile), smaller_tile=tile != first)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                reason = type(error).__name__
+            smaller = smaller_tile(tile or computed_shape(plan, grid.shape), plan.network.divisor)
+            if smaller is None:
+                raise MemoryLimitError(
+                    "segment.out-of-memory",
+                    f"memory ran out even with tiles of {tile} voxels, the smallest ({reason}); use fewer"
+                    " segment_workers, or a machine with more memory",
+                )
+            tile = smaller
+
+    @contextmanager
+    def _sound(self, volume: str) -> Iterator[None]:
+        """A volume that turns out to be damaged is taken away, receipt first, so that the next try makes it again."""
         try:
-            return read_array(self.root, volume, "image")
+            yield
         except StorageError as error:
             if error.code != "store.corrupt":
                 raise
@@ -246,7 +327,7 @@ class SegmentPool:
                 settled(ray.get(ready[0]))
                 continue
             except RayActorError as error:
-                reason = str(error).splitlines()[0]
+                reason = type(error).__name__
                 # everything that the dead actor held comes back to the queue
                 self._actors[number] = self._start_actor()
                 lost = [(job, attempt)]

@@ -110,6 +110,35 @@ def read_block(layout: Layout) -> tuple[np.ndarray, tuple[str, ...]]:
     return scaled, notes
 
 
+def read_planes(layout: Layout) -> Iterator[np.ndarray]:
+    """Planes (Y, X) of the only volume of a file in turn, in native byte order and not rescaled.
+
+    ``ScanError``: ``scan.truncated``, ``scan.checksum``, ``scan.header`` (more bytes than declared), after the planes
+    that are there.
+    """
+    plane_bytes = layout.voxel_bytes // layout.grid.shape[0]
+    with open_regular(layout.data_file) as file:
+        file.seek(layout.start if layout.start >= 0 else file.seek(0, 2) - layout.voxel_bytes)
+        pieces = _raw_pieces(file) if layout.packing == "raw" else inflated_pieces(file, layout.packing, None)
+        held, skip, seen = bytearray(), layout.skip, -layout.skip
+        for piece in pieces:
+            seen += len(piece)
+            held += piece[skip:]
+            skip = max(0, skip - len(piece))
+            while len(held) >= plane_bytes:
+                plane = np.frombuffer(bytes(held[:plane_bytes]), layout.dtype).reshape(layout.grid.shape[1:])
+                yield plane.astype(layout.dtype.newbyteorder("="), copy=False)
+                del held[:plane_bytes]
+            if seen > layout.voxel_bytes + SURPLUS_BYTES:
+                break
+        _surplus(layout.voxel_bytes, seen)
+
+
+def _raw_pieces(file: BinaryIO) -> Iterator[bytes]:
+    while piece := file.read(_CHUNK_BYTES):
+        yield piece
+
+
 def open_regular(path: Path) -> BinaryIO:
     """The file, open; ``scan.unreadable`` where it is absent, forbidden or not regular (a pipe would hang)."""
     try:

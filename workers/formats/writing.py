@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -29,7 +29,22 @@ _DTYPE_NAMES = {
 """What is written, under its name in NIfTI, MetaImage and NRRD."""
 
 
-def write_label(path: Path, labels: np.ndarray, geometry: Geometry) -> None:
+class Planes(Protocol):
+    """An array (Z, Y, X) whose planes are told in turn: a numpy array, or something larger than memory."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels along (z, y, x)."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of a voxel."""
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Planes (Y, X) from the first on."""
+
+
+def write_label(path: Path, labels: Planes, geometry: Geometry) -> None:
     """Write uint8 or uint16 ``labels`` (Z, Y, X) by the suffix of ``path``; the same input gives the same bytes.
 
     NIfTI gets sform and qform, both code 1: sform to the last digit of float32, which nibabel and ITK prefer.
@@ -51,7 +66,7 @@ def write_volume(path: Path, volume: Volume) -> None:
     _write(path, volume.labels, volume.geometry)
 
 
-def _write(path: Path, voxels: np.ndarray, geometry: Geometry) -> None:
+def _write(path: Path, voxels: Planes, geometry: Geometry) -> None:
     if voxels.shape != geometry.shape:
         raise ScanError("scan.shape", f"voxels of shape {voxels.shape} do not fit the grid {geometry.shape}")
     suffix = next((s for s in LABEL_SUFFIXES if path.name.lower().endswith(s)), None)

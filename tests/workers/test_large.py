@@ -1,0 +1,242 @@
+"""What is larger than memory is segmented and published in portions, with the files that the whole would have."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import zarr
+
+from vnet_core.errors import StorageError
+from vnet_core.geometry import Geometry, matrix_of
+from vnet_core.networks.vnet import build_vnet
+from vnet_core.plan import Plan
+from vnet_core.volume import Volume
+from workers import large, large_masks
+from workers.arrays import StoredArray, create_array
+from workers.cohort import Case, source_digest
+from workers.large_masks import NO_LARGE_PICTURE
+from workers.models import Target, publish
+from workers.preprocess import preprocess_case
+from workers.scans import write_volume
+from workers.segment import Job, Segmenter
+from workers.store import Root
+
+ROOMY_GIB, TIGHT_GIB = 6.0, 0.5
+"""What a plan allows so that a small case is segmented whole, and in portions."""
+SAGITTAL = matrix_of([[1, 0, 0], [0, 0, -1], [0, -1, 0]])
+GRID = Geometry((18, 27, 25), (1.0, 0.7, 1.2), (5.0, -3.0, 8.0), SAGITTAL)
+
+
+def plan_of(limit_gib: float, **sections) -> Plan:
+    labels = [{"value": 1, "name": "one"}, {"value": 4, "name": "four"}, {"value": 300, "name": "large"}]
+    return Plan.from_mapping(
+        {
+            "labels": labels,
+            "head": "sigmoid",
+            "regions": [
+                {"name": "all", "values": [1, 4, 300], "paints": 1},
+                {"name": "four", "values": [4], "paints": 4},
+                {"name": "large", "values": [300], "paints": 300},
+            ],
+            "preprocess": {"spacing_mm": [1.1, 1.0, 0.8]},
+            "network": {"kernel_size": 3, "width": 2, "convolutions": [1, 1], "normalisation": "instance"},
+            "training": {"patch_size": [8, 8, 8]},
+            "inference": {"precision": "float32", "memory_limit_gib": limit_gib, **sections.pop("inference", {})},
+            **sections,
+        }
+    )
+
+
+def scan_in(folder: Path) -> Case:
+    noise = torch.randn((1, 1, 6, 7, 6), generator=torch.Generator().manual_seed(1))
+    smooth = torch.nn.functional.interpolate(noise, size=GRID.shape, mode="trilinear")[0, 0].numpy()
+    voxels = (300 * smooth + np.random.default_rng(0).normal(0, 20, GRID.shape)).astype(np.int16)
+    folder.mkdir(exist_ok=True)
+    write_volume(folder / "a.nii.gz", Volume(voxels[None], GRID))
+    return Case("a", (str(folder / "a.nii.gz"),), digest="", geometry=GRID)
+
+
+def segmenter(root: Root, plan: Plan, version: str, networks: int = 1) -> Segmenter:
+    weights = []
+    for seed in range(networks):
+        torch.manual_seed(seed)
+        weights.append(safetensors.torch.save(build_vnet(plan.network, 1, plan.outputs).state_dict()))
+    publish(root, Target("organs", version, plan), weights, {}, {})
+    return Segmenter(root.url, f"organs@{version}", 1)
+
+
+def ready(root: Root, plan: Plan, folder: Path) -> Case:
+    case = scan_in(folder)
+    case = replace(case, digest=source_digest(case.channels))
+    assert preprocess_case(root.url, case, plan).state == "computed"
+    return case
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The same case whole and in portions: two networks and mirrors, cleaning, merged values."""
+    folder = tmp_path_factory.mktemp("large")
+    root = Root(folder / "root")
+    sections = {
+        "inference": {
+            "mirror_axes": [2],
+            "cleaning": [{"label": 4, "keep": "largest"}, {"label": 1, "minimum_ml": 0.01, "holes": "fill"}],
+        },
+        "output": {"values": {"large": 4}},
+    }
+    found = {}
+    for version, limit_gib in (("whole", ROOMY_GIB), ("portions", TIGHT_GIB)):
+        inference = {**sections["inference"]}
+        plan = plan_of(limit_gib, **{**sections, "inference": inference})
+        case = ready(root, plan, folder / "scans")
+        worker = segmenter(root, plan, version, 2)
+        outcomes = {f: worker.segment(Job("c", case, f)) for f in ("nifti", "mha", "nrrd")}
+        assert {o.state for o in outcomes.values()} == {"computed"}, outcomes
+        found[version] = {f: o.key for f, o in outcomes.items()}
+    return root, found
+
+
+def test_mask_files_have_the_bytes_of_the_whole(both):
+    root, found = both
+    for mask_format, name in (("nifti", "mask.nii.gz"), ("mha", "mask.mha"), ("nrrd", "mask.nrrd")):
+        whole, portions = (root.get(f"{found[way][mask_format]}/{name}") for way in ("whole", "portions"))
+        assert whole == portions
+        assert len(whole) > 400
+    files = [
+        {s.key.removeprefix(key): root.get(s.key) for s in root.walk(f"{key}/mask.ome.zarr")}
+        for key in (found[way]["nifti"] for way in ("whole", "portions"))
+    ]
+    assert files[0] == files[1]
+    assert len(files[0]) == 3
+
+
+def test_reports_say_the_same_with_the_spread_of_the_passes(both):
+    root, found = both
+    whole, portions = (root.get_json(f"{found[way]['nifti']}/report.json") for way in ("whole", "portions"))
+    assert whole["labels"] == portions["labels"]
+    assert whole["regions"] == portions["regions"]
+    assert {row["name"] for row in whole["labels"]} == {"one", "four", "large"}
+    assert any(row["voxels"] > 0 and row["agreement"] < 1 for row in whole["labels"])
+    assert root.get(f"{found['whole']['nifti']}/qc.png") == root.get(f"{found['portions']['nifti']}/qc.png")
+
+
+def test_the_receipt_says_tile_and_portions_and_nothing_of_the_work_is_left(both):
+    root, found = both
+    receipt = root.receipt(found["portions"]["nifti"])
+    assert receipt["tile"] == [8, 8, 8]
+    assert receipt["portions"] >= 1
+    assert receipt["predicted_bytes"] < TIGHT_GIB * 2**30
+    assert "warnings" not in receipt
+    assert root.names(found["portions"]["nifti"]) == root.names(found["whole"]["nifti"])
+    assert "tile" not in root.receipt(found["whole"]["nifti"])
+    assert root.damaged(found["portions"]["nifti"]) == []
+
+
+def test_a_scan_that_is_too_large_for_a_picture_has_none(tmp_path, monkeypatch):
+    root = Root(tmp_path / "root")
+    plan = plan_of(TIGHT_GIB)
+    case = ready(root, plan, tmp_path / "scans")
+    monkeypatch.setattr("workers.large_masks.PICTURE_BYTES", 10**6)
+    outcome = segmenter(root, plan, "v").segment(Job("c", case, "nifti"))
+    assert root.get_json(f"{outcome.key}/report.json")["picture"] == NO_LARGE_PICTURE
+    assert not root.exists(f"{outcome.key}/qc.png")
+
+
+# --- when memory runs out
+
+
+class Hungry(torch.nn.Module):
+    """A network that has no memory for inputs of more than so many voxels."""
+
+    def __init__(self, network: torch.nn.Module, most: int, error: Exception) -> None:
+        super().__init__()
+        self.network, self.most, self.error = network, most, error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x[0, 0].numel() > self.most:
+            raise self.error
+        return self.network(x)
+
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_out_of_memory_leads_to_smaller_tiles_and_the_receipt_says_so(tmp_path, error):
+    root = Root(tmp_path / "root")
+    plan = plan_of(ROOMY_GIB)
+    case = ready(root, plan, tmp_path / "scans")
+    worker = segmenter(root, plan, "v")
+    worker.networks = [Hungry(worker.networks[0], 4**3, error)]
+    outcome = worker.segment(Job("c", case, "nifti"))
+    assert (outcome.state, outcome.codes) == ("computed", (large.IN_PORTIONS, large.SMALLER_TILE))
+    receipt = root.receipt(outcome.key)
+    assert receipt["tile"] == [4, 4, 4]
+    assert receipt["warnings"] == [large.IN_PORTIONS, large.SMALLER_TILE]
+
+
+def test_memory_that_never_suffices_is_a_failed_case_with_a_code(tmp_path):
+    root = Root(tmp_path / "root")
+    plan = plan_of(ROOMY_GIB)
+    case = ready(root, plan, tmp_path / "scans")
+    worker = segmenter(root, plan, "v")
+    working = worker.networks
+    worker.networks = [Hungry(working[0], 1, ERRORS[0])]
+    outcome = worker.segment(Job("c", case, "nifti"))
+    assert (outcome.state, outcome.codes) == ("failed", ("segment.out-of-memory",))
+    assert "(4, 4, 4)" in outcome.message
+    worker.networks = working
+    assert worker.segment(Job("c", case, "nifti")).codes == ()
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    root = Root(tmp_path / "root")
+    plan = plan_of(ROOMY_GIB)
+    case = ready(root, plan, tmp_path / "scans")
+    worker = segmenter(root, plan, "v")
+    worker.networks = [Hungry(worker.networks[0], 1, RuntimeError("shapes do not match"))]
+    assert worker.segment(Job("c", case, "nifti")).codes == ("internal.RuntimeError",)
+
+
+# --- proof, and stored arrays
+
+
+def test_a_mask_file_that_changed_is_not_published(tmp_path, monkeypatch):
+    root = Root(tmp_path / "root")
+    plan = plan_of(TIGHT_GIB)
+    case = ready(root, plan, tmp_path / "scans")
+    written = large_masks.write_label
+
+    def damaged(path, values, geometry):
+        written(path, np.roll(np.stack(list(values)), 1, 2), geometry)
+
+    monkeypatch.setattr(large_masks, "write_label", damaged)
+    outcome = segmenter(root, plan, "v").segment(Job("c", case, "nifti"))
+    assert (outcome.state, outcome.codes) == ("failed", ("mask.unproven",))
+
+
+def test_regions_of_a_stored_array_and_a_lost_shard(tmp_path):
+    root = Root(tmp_path)
+    values = np.random.default_rng(0).integers(0, 9, (70, 40, 33)).astype(np.uint16)
+    stored = create_array(root, "a/labels", values.shape, values.dtype, (32, 32, 32), (64, 32, 64))
+    for z in range(0, 70, 64):
+        for y in range(0, 40, 32):
+            region = (slice(z, z + 64), slice(y, y + 32), slice(None))
+            stored.write(values[region], *region)
+    again = StoredArray(root, "a", "labels").whole()
+    np.testing.assert_array_equal(again.read(slice(3, 66), slice(31, 40)), values[3:66, 31:40])
+    assert (again.shape, again.dtype, again.shards) == (values.shape, values.dtype, (64, 32, 64))
+    next(p for p in (tmp_path / "a/labels/c").rglob("*") if p.is_file()).unlink()
+    with pytest.raises(StorageError, match="lacks 1 shards") as caught:
+        again.whole()
+    assert caught.value.code == "store.corrupt"
+    assert zarr.open_array(tmp_path / "a/labels", mode="r").shape == values.shape
+    with pytest.raises(StorageError):
+        StoredArray(root, "a", "absent")
