@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ("vnet_core", "workers", "flows")
 
 RANKS = (
-    ("errors",),
+    ("errors", "gpu_faults"),
     ("geometry", "volume", "sections", "plan", "blocks"),
     ("decide", "resample", "straighten"),
     (
