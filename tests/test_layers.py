@@ -214,8 +214,8 @@ def test_dask_is_in_one_module():
     assert importers("dask") | importers("distributed") == {"workers.clusters"}
 
 
-def test_ray_is_in_four_modules():
-    allowed = {"workers.clusters", "workers.segment", "workers.train", "workers.training_loop"}
+def test_ray_is_in_five_modules():
+    allowed = {"workers.clusters", "workers.actors", "workers.ray_watch", "workers.train", "workers.training_loop"}
     assert importers("ray") == allowed
 
 

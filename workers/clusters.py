@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vnet_core.errors import ConfigError, EngineError
+from workers.ray_admission import check_address, check_admission, refuse_open_mode
 
 CONNECT_TIMEOUT_S = 20.0
 """How long an address may take to answer."""
@@ -84,7 +85,8 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
     """Ray joined at ``address`` (``host:port`` of its head), or started on this machine for the time of the block.
 
     A session that is already running in this process is used and left running. Raises EngineError
-    ``ray.unreachable`` naming the address when it does not answer.
+    ``ray.unreachable`` naming the address when it does not answer, ``ray.token`` when it refuses the token,
+    ``ray.open`` when it asks for none, ``ray.versions`` for another Ray or Python; ConfigError ``ray.address``.
     """
     import ray
 
@@ -98,6 +100,7 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
         "configure_logging": False,
     }
     if address is None:
+        refuse_open_mode()
         # tiny object store: only URLs and outcomes travel; loopback, no dashboard, token authentication as by default
         options |= {
             "num_cpus": processors,
@@ -107,12 +110,20 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
             "address": "local",
         }
     else:
+        check_address(address)
         _answers("ray", address, default_port=6379, greeting=HTTP2_GREETING)
+        check_admission(address, CONNECT_TIMEOUT_S)
         options["address"] = address
     try:
         ray.init(**options)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
-        raise _unreachable("ray", address or "local", str(error)) from error
+        ray.shutdown()
+        reason = " ".join(str(error.__cause__ or error).split())
+        if reason.startswith("Version mismatch"):
+            raise EngineError(
+                "ray.versions", f"{reason}; install the same Ray and Python here as on the cluster at {address}"
+            ) from error
+        raise _unreachable("ray", address or "local", reason) from error
     try:
         yield
     finally:
@@ -167,16 +178,22 @@ class Engines:
     """Processor cores of the local Ray node, shared by its workers."""
     gpus_per_worker: float = 0.0
     """GPUs of each training or segmenting worker."""
+    segment_cpus: int | None = None
+    """Processor cores of each segmenting actor; None for an equal share of this machine's."""
+    ray_wait_s: float = 120.0
+    """How long a pool without any actor waits for the first to find a place."""
+    case_limit_s: float = 3600.0
+    """A case that keeps an actor longer is taken from it, unless others took as long."""
 
     @property
     def ray_cpus(self) -> int:
-        """Cores that the local Ray node is said to have: one for each worker at least, or they would wait for ever."""
-        return max(self.cpus, self.train_workers, self.segment_workers)
+        """Cores that the local Ray node is said to have: enough for all workers at once, or they would wait."""
+        return max(self.cpus, self.train_workers, self.segment_workers * self.cpus_per_segment_worker)
 
     @property
     def cpus_per_segment_worker(self) -> int:
         """Cores of each segmenting actor."""
-        return max(1, self.cpus // self.segment_workers)
+        return self.segment_cpus or max(1, self.cpus // self.segment_workers)
 
     @property
     def cpus_per_train_worker(self) -> int:

@@ -34,22 +34,22 @@ class Roster(Generic[W]):
         if taken < len(self._with_room):
             del self._with_room[taken][worker]
 
-    def take(self) -> W | None:
-        """Take a place with one of those that have most room; None where nobody has any."""
+    def take(self, places: int = 1) -> W | None:
+        """Take so many places with one of those that have most room; None where nobody has as many."""
         for taken, workers in enumerate(self._with_room):
-            if workers:
+            if workers and taken + places <= len(self._with_room):
                 worker, _ = workers.popitem(last=False)
-                self._move(worker, taken + 1)
+                self._move(worker, taken + places)
                 return worker
         return None
 
-    def free(self, worker: W) -> None:
-        """Free a place of a worker."""
+    def free(self, worker: W, places: int = 1) -> None:
+        """Free places of a worker."""
         taken = self._taken[worker]
-        assert taken > 0, "only a place that was taken is freed"
+        assert taken >= places, "only places that were taken are freed"
         if taken < len(self._with_room):
             del self._with_room[taken][worker]
-        self._move(worker, taken - 1)
+        self._move(worker, taken - places)
 
     def _move(self, worker: W, taken: int) -> None:
         self._taken[worker] = taken

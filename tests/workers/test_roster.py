@@ -45,6 +45,16 @@ def test_one_that_is_gone_gets_nothing_and_another_takes_its_place():
     assert found.take() is None
 
 
+def test_a_case_that_wants_to_be_alone_gets_a_worker_that_holds_nothing():
+    found = roster("a", "b")
+    assert found.take() == "a"
+    assert found.take(places=2) == "b"
+    assert found.take(places=2) is None
+    assert [found.take(), found.take()] == ["a", None]
+    found.free("b", places=2)
+    assert found.take() == "b"
+
+
 def test_any_order_of_events_keeps_the_books():
     draw = random.Random(5)
     found, held = Roster[int](places=2), dict[int, int]()
