@@ -125,7 +125,7 @@ def test_actors_that_die_lose_their_gpu_or_hang_cost_no_case(
     names = ["die-a", "gpu-a", "hang-a", "sealed-a", *(f"plain-{n}" for n in range(12))]
     heard: list[str] = []
     found = pool.run(jobs(*names), lambda outcome: heard.append(outcome.case))
-    assert states(found) == {name: ("computed",) for name in names}
+    assert states(found) == dict.fromkeys(names, ("computed",))
     assert sorted(heard) == sorted(names), "each is told once"
     assert runs(root, "sealed-a") == 1, "what is published is not done again"
     assert [runs(root, name) for name in ("die-a", "gpu-a", "hang-a")] == [2, 2, 2]
@@ -180,7 +180,7 @@ def test_a_pool_works_with_those_that_have_a_place_and_says_so(
     with caplog.at_level(logging.WARNING, logger="vnet"):
         # both nodes together have two processors
         found = pool_of(engines).run(jobs(*names))
-    assert states(found) == {name: ("computed",) for name in names}
+    assert states(found) == dict.fromkeys(names, ("computed",))
     assert "2 of 3 segmenting actors have a place" in caplog.text
     assert "it asks for 1 CPU, 0 GPU, 1.0 GiB; nodes have: 1 CPU, 0 GPU, 4.0 GiB" in caplog.text
 
@@ -218,6 +218,6 @@ def test_the_death_of_a_node_moves_its_cases_to_the_others(
 
     engines = Engines(segment_workers=3, segment_cpus=1, ray_wait_s=120.0, case_limit_s=120.0)
     found = pool_of(engines).run(jobs(*names), kill_node)
-    assert states(found) == {name: ("computed",) for name in names}
+    assert states(found) == dict.fromkeys(names, ("computed",))
     assert killed
     assert sum(runs(root, name) for name in names) <= len(names) + 2, "at most what the lost actor held"

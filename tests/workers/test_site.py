@@ -19,6 +19,9 @@ preprocess_workers = 6
 segment_workers = 2
 train_workers = 4
 gpus_per_worker = 0.5
+segment_cpus = 3
+ray_wait_s = 300.0
+case_limit_s = 900.0
 batch_cases = 16
 timezone = "Europe/Berlin"
 ui_port = 4300
@@ -108,6 +111,9 @@ def test_every_key_is_read(tmp_path):
         train_workers=4,
         cpus=processors(),
         gpus_per_worker=0.5,
+        segment_cpus=3,
+        ray_wait_s=300.0,
+        case_limit_s=900.0,
     )
 
 
