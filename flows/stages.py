@@ -14,7 +14,8 @@ from workers.clusters import dask_executor, ray_session
 from workers.cohort import Case, Entry, volume_key
 from workers.ledger import Outcome
 from workers.models import Model
-from workers.segment import STAGE, Job, SegmentPool, key_of
+from workers.pool import SegmentPool
+from workers.segment import STAGE, Job, key_of
 
 
 def usable(entries: Sequence[Entry]) -> list[Case]:

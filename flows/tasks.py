@@ -22,8 +22,9 @@ from workers.cohort import Case, Cohort, Entry, load_cohort
 from workers.ingest import Names, ingest
 from workers.ledger import Outcome, counts, nameless
 from workers.nights import Night
+from workers.pool import SegmentPool
 from workers.report import write_night
-from workers.segment import Job, SegmentPool
+from workers.segment import Job
 from workers.store import Root
 
 T = TypeVar("T")

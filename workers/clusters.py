@@ -18,17 +18,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
-
 from vnet_core.errors import ConfigError, EngineError
 from workers.modes import let_read, own_temporary_folder
+from workers.ray_admission import check_address, check_admission, refuse_open_mode
 
 CONNECT_TIMEOUT_S = 20.0
 """How long an address may take to answer."""
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """What an HTTP/2 client, such as gRPC, says first: the preface and an empty SETTINGS frame (RFC 9113, 3.4)."""
-NODE = ("gcs_server", "raylet")
-"""Processes without which a Ray node does nothing."""
 GPU_MEMORY_GIB = 16.0
 """Taken for a GPU that cannot be asked."""
 CPU_SHARE = Path("/sys/fs/cgroup/cpu.max")
@@ -38,10 +35,6 @@ TRAIN_HANG_S = 900.0
 validation on whole volumes, or a checkpoint into a slow storage root: minutes, not a quarter of an hour."""
 ENCRYPTED = ("tls", "wss")
 """Schemes whose servers are silent until they are greeted in their own way."""
-
-
-_own_node: list[psutil.Process] = []
-"""Those of the node that this process has started."""
 
 
 def processors() -> int:
@@ -116,7 +109,8 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
     """Ray joined at ``address`` (``host:port`` of its head), or started on this machine for the time of the block.
 
     A session that is already running in this process is used and left running. Raises EngineError
-    ``ray.unreachable`` naming the address when it does not answer.
+    ``ray.unreachable`` naming the address when it does not answer, ``ray.token`` when it refuses the token,
+    ``ray.open`` when it asks for none, ``ray.versions`` for another Ray or Python; ConfigError ``ray.address``.
     """
     import ray
 
@@ -130,6 +124,7 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
         "configure_logging": False,
     }
     if address is None:
+        refuse_open_mode()
         # tiny object store: only URLs and outcomes travel; loopback, no dashboard, token authentication as by default
         options |= {
             "num_cpus": processors,
@@ -141,23 +136,28 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
             "_temp_dir": str(own_temporary_folder("ray") / "r"),
         }
     else:
+        check_address(address)
         _answers("ray", address, default_port=6379, greeting=HTTP2_GREETING)
+        check_admission(address, CONNECT_TIMEOUT_S)
         options["address"] = address
     _close_token()
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
-        raise _unreachable("ray", address or "local", str(error)) from error
+        ray.shutdown()
+        reason = " ".join(str(error.__cause__ or error).split())
+        if reason.startswith("Version mismatch"):
+            raise EngineError(
+                "ray.versions", f"{reason}; install the same Ray and Python here as on the cluster at {address}"
+            ) from error
+        raise _unreachable("ray", address or "local", reason) from error
     if threading.current_thread() is threading.main_thread():
         # Ray's own ends the process while the night still has rows to write
         signal.signal(signal.SIGTERM, before)
-    if address is None:
-        _own_node[:] = [p for p in psutil.Process().children(recursive=True) if _name(p) in NODE]
     try:
         yield
     finally:
-        _own_node.clear()
         ray.shutdown()
 
 
@@ -170,25 +170,6 @@ def _close_token() -> None:
     """Take the token from the eyes of others: Ray makes the file for whomever the umask of that day let read it."""
     with contextlib.suppress(OSError):  # there is none yet, or it is somebody else's to close
         let_read(token_path(), "owner")
-
-
-def check_ray_node() -> None:
-    """EngineError ``ray.died`` where the node that this process has started has lost one of its own processes. Calls to
-    such a node are never answered, so whoever waits for one asks this from time to time."""
-    for process in _own_node:
-        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-            raise EngineError(
-                "ray.died",
-                "Ray on this machine has ended (its raylet or its control store was killed, perhaps as memory ended);"
-                " what is finished is kept, run the command again",
-            )
-
-
-def _name(process: psutil.Process) -> str:
-    try:
-        return process.name()
-    except psutil.NoSuchProcess:
-        return ""
 
 
 def _answers(engine: str, address: str, default_port: int, greeting: bytes) -> None:
@@ -243,16 +224,22 @@ class Engines:
     """Processor cores of the local Ray node, shared by its workers."""
     gpus_per_worker: float = 0.0
     """GPUs of each training or segmenting worker."""
+    segment_cpus: int | None = None
+    """Processor cores of each segmenting actor; None for an equal share of this machine's."""
+    ray_wait_s: float = 120.0
+    """How long a pool without any actor waits for the first to find a place."""
+    case_limit_s: float = 3600.0
+    """A case that keeps an actor longer is taken from it, unless others took as long."""
 
     @property
     def ray_cpus(self) -> int:
-        """Cores that the local Ray node is said to have: one for each worker at least, or they would wait for ever."""
-        return max(self.cpus, self.most_train_workers, self.segment_workers)
+        """Cores that the local Ray node is said to have: enough for all workers at once, or they would wait."""
+        return max(self.cpus, self.most_train_workers, self.segment_workers * self.cpus_per_segment_worker)
 
     @property
     def cpus_per_segment_worker(self) -> int:
         """Cores of each segmenting actor."""
-        return max(1, self.cpus // self.segment_workers)
+        return self.segment_cpus or max(1, self.cpus // self.segment_workers)
 
     @property
     def cpus_per_train_worker(self) -> int:

@@ -244,7 +244,7 @@ def gpu(site: Site) -> Check:
     text = f"torch {torch.__version__} sees {seen} GPUs{' (' + ', '.join(names) + ')' if names else ''}"
     if drivers:
         text += f", the driver {drivers[0]} sees {len(drivers)}"
-    if site.gpus_per_worker and not seen and site.ray_address is None:
+    if site.gpus_per_worker and not seen and site.engines.ray_address is None:
         remedy = "install a torch with CUDA and its driver, or leave gpus_per_worker out of the site file"
         return Check("gpu", "bad", f"{text}; the site asks for {site.gpus_per_worker:g} per worker", remedy)
     if len(drivers) > seen:
@@ -277,10 +277,11 @@ def dask(site: Site) -> Check:
 
 def ray(site: Site) -> Check:
     """Whether Ray answers at the site's address, or can be imported."""
-    if site.ray_address is None:
+    address = site.engines.ray_address
+    if address is None:
         return _importable("ray", "ray")
-    with ray_session(site.ray_address, 1):
-        return Check("ray", "ok", f"the head at {site.ray_address} answers")
+    with ray_session(address, 1):
+        return Check("ray", "ok", f"the head at {address} answers")
 
 
 def _importable(name: str, module: str) -> Check:

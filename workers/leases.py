@@ -65,19 +65,38 @@ class Run:
         return claim if self.root.create(claim.key, json.dumps({"run": self.id}).encode()) else None
 
     def give_back(self, claim: Claim) -> None:
-        """The work is done, or will not be done by this run."""
-        for found in _claims(self.root, claim.work):
-            if found <= claim.key:
-                self.root.delete(found)
+        """The work is done, or will not be done by this run; what it renewed its claim to meanwhile goes with it."""
+        found = _claims(self.root, claim.work)
+        highest = _highest(self.root, claim.work) if found and found[-1] > claim.key else None
+        own = highest if highest and highest.run == self.id else claim
+        for key in found:
+            if key <= own.key:
+                self.root.delete(key)
+
+
+def renewed(root: Root, claim: Claim) -> Claim:
+    """The same run's next number for its work, for a second try: the first must not publish any more, should it wake.
+
+    StorageError ``night.taken-over`` where another run has the work.
+    """
+    check(root, claim)
+    second = Claim(claim.work, claim.number + 1, claim.run)
+    if not root.create(second.key, json.dumps({"run": second.run}).encode()):
+        raise _taken_over()
+    return second
 
 
 def check(root: Root, claim: Claim) -> None:
     """StorageError ``night.taken-over`` when a claim is not the highest any more; called right before publishing."""
     if _highest(root, claim.work) != claim:
-        raise StorageError(
-            "night.taken-over",
-            "this run was silent for too long and another has taken the case over; its result is not published twice",
-        )
+        raise _taken_over()
+
+
+def _taken_over() -> StorageError:
+    return StorageError(
+        "night.taken-over",
+        "this run was silent for too long and another has taken the case over; its result is not published twice",
+    )
 
 
 def sweep(root: Root) -> None:

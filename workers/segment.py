@@ -1,20 +1,19 @@
-"""Stage segment: a pool of Ray actors, each with the model loaded once, takes cases as it gets free."""
+"""Stage segment: a model loaded once takes case after case. :mod:`workers.pool` has many of them at it."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from vnet_core.errors import MemoryLimitError, StorageError
+from vnet_core.errors import EngineError, MemoryLimitError, StorageError
 from vnet_core.geometry import Shape
+from vnet_core.gpu_faults import sticky_fault
 from vnet_core.plan import Plan
 from workers.arrays import StoredArray, read_array
-from workers.clusters import Engines, check_ray_node
 from workers.cohort import Case, result_key, volume_geometry, volume_key
 from workers.failpoints import fail_point
 from workers.leases import Claim, check
@@ -35,13 +34,8 @@ if TYPE_CHECKING:
     from workers.large import Large
 
 STAGE = "segment"
-ATTEMPTS = 2
-"""How often a case is given to an actor before the death of its actor is counted against the case."""
-IN_FLIGHT = 2
-"""Cases that an actor holds: one is read or written while the other is computed."""
-
-LOOK_S = 5.0
-"""How often whoever waits for an actor looks whether Ray is still there."""
+GPU_LOST = "engine.gpu-lost"
+"""Code of a case whose process can use its GPU no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +75,11 @@ class Segmenter:
 
     def segment(self, job: Job) -> Outcome:
         """Publish one case's mask; its outcome says what happened, it never raises."""
-        return settle(STAGE, job.case.id, lambda: self._segment(job))
+        return settle(STAGE, job.case.id, lambda: self._attempt(job))
+
+    def _attempt(self, job: Job) -> tuple[State, str, tuple[str, ...]]:
+        with naming_a_lost_gpu():
+            return self._segment(job)
 
     def _segment(self, job: Job) -> tuple[State, str, tuple[str, ...]]:
         import torch
@@ -242,6 +240,20 @@ class Segmenter:
             )
 
 
+@contextmanager
+def naming_a_lost_gpu() -> Iterator[None]:
+    """EngineError ``engine.gpu-lost`` for an error after which the process must be replaced; others pass."""
+    try:
+        yield
+    except Exception as error:
+        fault = sticky_fault(str(error))
+        if fault is None:
+            raise
+        raise EngineError(
+            GPU_LOST, f"the GPU said {fault!r}, and every further call of this process would fail; run it in another"
+        ) from error
+
+
 def plan_of(job: Job, model: Model) -> Plan:
     """The plan that decides the job's mask."""
     if job.mirror_axes is None:
@@ -259,113 +271,3 @@ def _format_suffix(mask_format: MaskFormat) -> str:
     """Masks of another format are results of their own."""
     mask_file(mask_format)
     return "" if mask_format == "nifti" else f"-{mask_format}"
-
-
-class SegmentPool:
-    """Ray actors that hold one model. Start it once, feed it batch after batch, and close it.
-
-    Needs a running Ray session (:func:`workers.clusters.ray_session`).
-    """
-
-    def __init__(self, root: Root, model: Model, engines: Engines) -> None:
-        self.root, self.model, self.engines = root, model, engines
-        self._actors: list[Any] = []
-
-    def run(
-        self,
-        jobs: Sequence[Job],
-        on_outcome: Callable[[Outcome], None] = lambda outcome: None,
-        may_begin: Callable[[Job], bool] = lambda job: True,
-    ) -> list[Outcome]:
-        """One outcome per job that was begun, by case id. A job with a receipt is `cached`; an actor that dies is
-        replaced, and the cases it held are tried again, each at most ``ATTEMPTS`` times. ``may_begin`` is asked before
-        a case is handed to an actor. EngineError ``ray.died`` when the whole node has gone."""
-        outcomes: list[Outcome] = []
-
-        def settled(outcome: Outcome) -> None:
-            outcomes.append(outcome)
-            on_outcome(outcome)
-
-        waiting: deque[tuple[Job, int]] = deque()
-        for job in jobs:
-            key = key_of(job, self.model)
-            if self.root.receipt(key):
-                settled(Outcome(job.case.id, STAGE, "cached", key=key))
-            else:
-                waiting.append((job, 1))
-        if waiting:
-            self._work_off(waiting, settled, may_begin)
-        return sorted(outcomes, key=lambda outcome: outcome.case)
-
-    def _work_off(
-        self,
-        waiting: deque[tuple[Job, int]],
-        settled: Callable[[Outcome], None],
-        may_begin: Callable[[Job], bool],
-    ) -> None:
-        import ray
-        from ray.exceptions import RayActorError, RayError
-
-        while len(self._actors) < min(self.engines.segment_workers, len(waiting)):
-            self._actors.append(self._start_actor())
-        held: dict[Any, tuple[Job, int, int]] = {}
-        while waiting or held:
-            for number, actor in enumerate(self._actors):
-                while waiting and sum(place == number for _, _, place in held.values()) < IN_FLIGHT:
-                    job, attempt = waiting.popleft()
-                    if not may_begin(job):
-                        continue
-                    held[actor.segment.remote(job)] = (job, attempt, number)
-            if not held:
-                return
-            ready, _ = ray.wait(list(held), num_returns=1, timeout=LOOK_S)
-            if not ready:
-                check_ray_node()
-                continue
-            job, attempt, number = held.pop(ready[0])
-            try:
-                settled(ray.get(ready[0]))
-                continue
-            except RayActorError as error:
-                reason = type(error).__name__
-                # everything that the dead actor held comes back to the queue
-                self._actors[number] = self._start_actor()
-                lost = [(job, attempt)]
-                for reference in [r for r, (_, _, place) in held.items() if place == number]:
-                    other, tried, _ = held.pop(reference)
-                    lost.append((other, tried))
-            except RayError as error:
-                reason, lost = str(error).splitlines()[0], [(job, ATTEMPTS)]
-            for other, tried in lost:
-                if tried < ATTEMPTS:
-                    waiting.append((other, tried + 1))
-                else:
-                    settled(
-                        Outcome(
-                            other.case.id,
-                            STAGE,
-                            "failed",
-                            ("engine.worker-died",),
-                            f"the worker died {tried} times on this case ({reason}); run the command again",
-                        )
-                    )
-
-    def _start_actor(self) -> Any:
-        import ray
-
-        cpus = self.engines.cpus_per_segment_worker
-        actor = ray.remote(Segmenter).options(
-            num_cpus=cpus,
-            num_gpus=self.engines.gpus_per_worker,
-            max_concurrency=IN_FLIGHT,
-            max_restarts=0,
-        )
-        return actor.remote(self.root.url, self.model.reference, cpus)
-
-    def close(self) -> None:
-        """End the actors."""
-        import ray
-
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors.clear()

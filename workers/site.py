@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Literal
@@ -52,7 +53,7 @@ class Site(BaseModel):
     dask_address: str | None = None
     """Scheduler, such as tcp://10.0.0.5:8786; left out, Dask starts on this machine."""
     ray_address: str | None = None
-    """Head of a Ray cluster, such as 10.0.0.5:6379; left out, Ray starts on this machine."""
+    """Head of a Ray cluster, such as 10.0.0.5:6379; left out, RAY_ADDRESS, or else Ray starts on this machine."""
     preprocess_workers: int | None = Field(default=None, ge=1)
     """Local Dask processes; left out, one per processor core."""
     segment_workers: int = Field(default=1, ge=1)
@@ -67,6 +68,12 @@ class Site(BaseModel):
     its checkpoint; more than a worker's share of a validation takes."""
     gpus_per_worker: float = Field(default=0.0, ge=0)
     """GPUs of each training or segmenting worker; fractions share one."""
+    segment_cpus: int | None = Field(default=None, ge=1)
+    """Processor cores of each segmenting actor; left out, an equal share of this machine's."""
+    ray_wait_s: float = Field(default=120.0, gt=0)
+    """Seconds that segmenting waits for a first actor to find a place; none by then, and the command ends."""
+    case_limit_s: float = Field(default=3600.0, gt=0)
+    """Seconds after which a case is taken from an actor and tried on another, unless its size explains them."""
     batch_cases: int = Field(default=32, ge=1, le=1000)
     """Cases per Prefect task."""
     timezone: str = "UTC"
@@ -111,7 +118,8 @@ class Site(BaseModel):
         cpus = processors()
         return Engines(
             dask_address=self.dask_address,
-            ray_address=self.ray_address,
+            # a submitted Ray job finds its cluster there
+            ray_address=self.ray_address or os.environ.get("RAY_ADDRESS") or None,
             preprocess_workers=self.preprocess_workers or cpus,
             segment_workers=self.segment_workers,
             train_workers=self.train_workers,
@@ -119,6 +127,9 @@ class Site(BaseModel):
             train_hang_s=self.train_hang_s,
             cpus=cpus,
             gpus_per_worker=self.gpus_per_worker,
+            segment_cpus=self.segment_cpus,
+            ray_wait_s=self.ray_wait_s,
+            case_limit_s=self.case_limit_s,
         )
 
 

@@ -57,7 +57,7 @@ def test_a_dead_node_of_ray_ends_the_night_in_time(
     code = command.wait(END_S)
     seconds = time.monotonic() - died
     assert code not in (0, 130), command.out
-    assert "ray.died" in command.err, command.err
+    assert "ray.lost" in command.err, command.err
     assert "Traceback" not in command.err
     until(command.over, END_S)
     found = rows(root)

@@ -17,7 +17,7 @@ import pytest
 from tests.flows.command import until
 from vnet_core.errors import StorageError
 from workers import leases
-from workers.leases import GRACE_S, Claim, Run, check, is_alive, run, sweep
+from workers.leases import GRACE_S, Claim, Run, check, is_alive, renewed, run, sweep
 from workers.store import Root
 
 WORK = "results/liver/a/0123"
@@ -46,6 +46,37 @@ def test_of_two_runs_one_gets_the_work_and_the_other_after_it_is_given_back(root
         first.give_back(claim)
         assert root.names("leases") == []
         assert second.claim(WORK) is not None
+
+
+def test_a_second_try_fences_the_first_and_both_are_given_back_at_once(root: Root) -> None:
+    with run(root) as own, run(root) as other:
+        first = own.claim(WORK)
+        assert first is not None
+        second = renewed(root, first)
+        assert second.number == 2
+        check(root, second)
+        with pytest.raises(StorageError, match="taken the case over"):
+            check(root, first)
+        with pytest.raises(StorageError, match="taken the case over"):
+            renewed(root, first)
+        assert other.claim(WORK) is None
+        own.give_back(first)
+        assert root.names("leases") == []
+        assert other.claim(WORK) is not None
+
+
+def test_what_another_run_has_taken_over_is_not_given_back(root: Root) -> None:
+    silent = heard_of(root, "silent", GRACE_S + 1)
+    first = silent.claim(WORK)
+    assert first is not None
+    with run(root) as other:
+        taken = other.claim(WORK)
+        assert taken is not None
+        assert taken.number == 2
+        silent.give_back(first)
+        check(root, taken)
+        with pytest.raises(StorageError, match="taken the case over"):
+            renewed(root, first)
 
 
 def test_other_work_is_free(root: Root) -> None:

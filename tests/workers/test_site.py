@@ -22,6 +22,9 @@ train_workers = 4
 train_workers_max = 8
 train_hang_s = 120.0
 gpus_per_worker = 0.5
+segment_cpus = 3
+ray_wait_s = 300.0
+case_limit_s = 900.0
 batch_cases = 16
 timezone = "Europe/Berlin"
 ui_port = 4300
@@ -113,6 +116,9 @@ def test_every_key_is_read(tmp_path):
         train_hang_s=120.0,
         cpus=processors(),
         gpus_per_worker=0.5,
+        segment_cpus=3,
+        ray_wait_s=300.0,
+        case_limit_s=900.0,
     )
 
 
