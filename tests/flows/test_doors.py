@@ -114,7 +114,10 @@ def test_what_it_leaves_is_for_its_owner_alone(evening: Evening) -> None:
     names = {path.relative_to(evening.root).as_posix().partition("/")[0] for path in paths}
     assert {"volumes", "results", "reports", "nights", "logs", "prefect", "private"} <= names
     assert {path.name for path in paths} >= {"prefect.db", "server.log", "mask.nii.gz", "zarr.json"}
-    assert [path for path in paths if path.lstat().st_mode & 0o077] == []
+    # Prefect's own pages keep the modes of its distribution; the folder around them is for its owner alone
+    pages = evening.root / "prefect" / "ui"
+    written = [path for path in paths if path != pages and pages not in path.parents]
+    assert [path for path in written if path.lstat().st_mode & 0o077] == []
 
 
 def test_no_pickle_lies_in_the_root(evening: Evening) -> None:
