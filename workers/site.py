@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vnet_core.errors import ConfigError
 from vnet_core.plan import config_error
 from workers.clusters import Engines, processors
+from workers.dask_address import NO_TLS, DaskTls
 from workers.identity import Identity
 from workers.retention_rules import KEEP_EVERYTHING, Retention
 from workers.rules import CLOCK, DEFAULT_RULES, NightRules
@@ -50,7 +51,9 @@ class Site(BaseModel):
     root: str = "vnet-data"
     """Storage root: a folder or a file:// URL."""
     dask_address: str | None = None
-    """Scheduler, such as tcp://10.0.0.5:8786; left out, Dask starts on this machine."""
+    """Scheduler, such as tls://10.0.0.5:8786; tcp:// on this machine alone; left out, Dask starts on this machine."""
+    dask_tls: DaskTls = NO_TLS
+    """How the scheduler and this machine know each other."""
     ray_address: str | None = None
     """Head of a Ray cluster, such as 10.0.0.5:6379; left out, Ray starts on this machine."""
     preprocess_workers: int | None = Field(default=None, ge=1)
@@ -96,6 +99,7 @@ class Site(BaseModel):
         cpus = processors()
         return Engines(
             dask_address=self.dask_address,
+            dask_tls=self.dask_tls,
             ray_address=self.ray_address,
             preprocess_workers=self.preprocess_workers or cpus,
             segment_workers=self.segment_workers,
