@@ -103,7 +103,7 @@ def chaos(folder: Path, seconds: float, seed: int, cases: tuple[int, int]) -> tu
     peace_s = time.monotonic() - began
     wanted, verdicts = receipts(peace, f"results/{COHORT}"), told(peace)
     assert len(wanted) == good, f"{len(wanted)} of {good} cases were segmented in peace"
-    tally, dice, end = Tally(), random.Random(seed), time.monotonic() + seconds  # noqa: S311
+    tally, dice, end = Tally(), random.Random(seed), time.monotonic() + seconds
     while tally.rounds == 0 or time.monotonic() < end:
         root = folder / f"round-{tally.rounds}"
         shutil.copytree(fresh, root)

@@ -10,8 +10,9 @@ from types import TracebackType
 from flows.session import Session
 from flows.tasks import Progress, batches, preprocess_batch, segment_batch
 from vnet_core.plan import Plan
-from workers.clusters import dask_executor, ray_session
+from workers.clusters import ray_session
 from workers.cohort import Case, Entry, volume_key
+from workers.dask_engine import dask_executor
 from workers.ledger import Outcome
 from workers.models import Model
 from workers.pool import SegmentPool
@@ -42,7 +43,8 @@ def preprocess_cases(session: Session, cohort: str, cases: Sequence[Case], plan:
     if not missing:
         return ready
     progress = Progress(f"preprocess {cohort}", len(missing), f"Preprocessing of cohort {cohort}")
-    with dask_executor(engines.dask_address, min(engines.preprocess_workers, len(missing))) as executor:
+    workers = min(engines.preprocess_workers, len(missing))
+    with dask_executor(engines.dask_address, workers, engines.dask_tls) as executor:
         done = [
             outcome
             for batch in batches(missing, session.site.batch_cases)
@@ -66,7 +68,7 @@ class Crew:
         if self._executor is None:
             engines = self._session.site.engines
             workers = min(engines.preprocess_workers, self._cases)
-            self._executor = self._stack.enter_context(dask_executor(engines.dask_address, workers))
+            self._executor = self._stack.enter_context(dask_executor(engines.dask_address, workers, engines.dask_tls))
         return self._executor
 
     @property

@@ -212,7 +212,7 @@ def test_zarr_is_in_two_modules():
 
 
 def test_dask_is_in_one_module():
-    assert importers("dask") | importers("distributed") == {"workers.clusters"}
+    assert importers("dask") | importers("distributed") == {"workers.dask_engine"}
 
 
 def test_ray_is_in_few_modules():
@@ -320,6 +320,7 @@ def test_importing_our_modules_changes_nothing_but_their_being_imported():
         ("workers.store", ["torch", "ray", "dask", "distributed", "prefect", "zarr", "SimpleITK", "numpy"]),
         ("vnet_core.preprocess", ["ray", "dask", "distributed", "prefect", "zarr", "matplotlib"]),
         ("workers.clusters", ["torch", "ray", "dask", "distributed", "prefect"]),
+        ("workers.dask_engine", ["torch", "ray", "dask", "distributed", "prefect"]),
         ("flows.cli", ["torch", "ray", "dask", "distributed", "prefect", "zarr"]),
     ],
 )

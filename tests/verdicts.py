@@ -16,7 +16,7 @@ from vnet_core.codes import CODES
 
 PAGE = REPOSITORY / "docs" / "verdicts.md"
 _TABLE = re.compile(r"<!-- codes -->\n.*?<!-- end of codes -->\n", re.DOTALL)
-_CODE = re.compile(r"(scan|geometry|dicom|select|cohort|label|archive|sphere|metrics|evaluate)\.(?!nii)[a-z0-9-]+")
+_CODE = re.compile(r"(scan|case|geometry|dicom|select|cohort|label|archive|sphere|metrics|evaluate)\.(?!nii)[a-z0-9-]+")
 _NOT_OF_SCANS = ("ConfigError", "StorageError", "EngineError", "MemoryLimitError", "TrainingError")
 
 

@@ -283,6 +283,14 @@ _WARNED: dict[str, tuple[str, str]] = {
 }
 
 _FAILED: dict[str, tuple[str, str]] = {
+    "case.kills-worker": (
+        "Several workers died while they preprocessed the case, the last ones with no other case beside it.",
+        "Look at the scan, and at the workers' logs and memory; take it out of the cohort if it stays.",
+    ),
+    "case.out-of-memory": (
+        "The workers that preprocessed the case were ended for holding more memory than they may.",
+        "Give the workers more memory, have fewer of them, or raise preprocess.spacing_mm in the plan.",
+    ),
     "internal.*": (
         "The program failed on this case in a way that it does not know; the log has the details.",
         "Run the command again; if it stays, report it with the log.",

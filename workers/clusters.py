@@ -1,4 +1,4 @@
-"""Dask and Ray, local or by address: the only place that starts or joins them."""
+"""Where work runs, and Ray, local or by address: the only place that starts or joins it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import logging
 import os
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vnet_core.errors import ConfigError, EngineError
+from workers.dask_address import NO_TLS, DaskTls
 from workers.modes import let_read, own_temporary_folder
 from workers.ray_admission import check_address, check_admission, refuse_open_mode
 
@@ -66,45 +65,6 @@ def gpu_memory_gib() -> float:
 
 
 @contextmanager
-def dask_executor(address: str | None, workers: int) -> Iterator[Executor]:
-    """An executor on Dask: the scheduler at ``address``, or a local cluster of ``workers`` processes on 127.0.0.1.
-
-    Raises EngineError ``dask.unreachable`` naming the address when it does not answer.
-    """
-    import dask
-    import distributed
-
-    # a local cluster is only reachable from this machine
-    logging.getLogger("distributed").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="vnet-dask-") as scratch:
-        if address is None:
-            with (
-                dask.config.set({"temporary-directory": scratch}),
-                distributed.LocalCluster(
-                    n_workers=workers,
-                    threads_per_worker=1,
-                    host="127.0.0.1",
-                    dashboard_address=None,
-                    worker_dashboard_address=None,
-                    # its HTTP server runs even so: at a free port, so that several commands run side by side
-                    scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
-                    silence_logs=logging.ERROR,
-                ) as cluster,
-                distributed.Client(cluster) as client,
-            ):
-                yield client.get_executor(retries=0)
-            return
-        # a scheduler speaks first
-        _answers("dask", address, default_port=8786, greeting=b"")
-        try:
-            client = distributed.Client(address, timeout=CONNECT_TIMEOUT_S)
-        except (OSError, TimeoutError, ValueError) as error:
-            raise _unreachable("dask", address, str(error)) from error
-        with client:
-            yield client.get_executor(retries=0)
-
-
-@contextmanager
 def ray_session(address: str | None, processors: int) -> Iterator[None]:
     """Ray joined at ``address`` (``host:port`` of its head), or started on this machine for the time of the block.
 
@@ -137,7 +97,7 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
         }
     else:
         check_address(address)
-        _answers("ray", address, default_port=6379, greeting=HTTP2_GREETING)
+        answers("ray", address, default_port=6379, greeting=HTTP2_GREETING)
         check_admission(address, CONNECT_TIMEOUT_S)
         options["address"] = address
     _close_token()
@@ -151,7 +111,7 @@ def ray_session(address: str | None, processors: int) -> Iterator[None]:
             raise EngineError(
                 "ray.versions", f"{reason}; install the same Ray and Python here as on the cluster at {address}"
             ) from error
-        raise _unreachable("ray", address or "local", reason) from error
+        raise unreachable("ray", address or "local", reason) from error
     if threading.current_thread() is threading.main_thread():
         # Ray's own ends the process while the night still has rows to write
         signal.signal(signal.SIGTERM, before)
@@ -172,7 +132,7 @@ def _close_token() -> None:
         let_read(token_path(), "owner")
 
 
-def _answers(engine: str, address: str, default_port: int, greeting: bytes) -> None:
+def answers(engine: str, address: str, default_port: int, greeting: bytes) -> None:
     """Wait for the address's port to accept a connection and react to a greeting; EngineError when it does not within
     the limit. The clients of Dask and Ray wait for minutes for something that takes the connection and is silent."""
     parts = urlsplit(address if "//" in address else f"//{address}")
@@ -193,10 +153,11 @@ def _answers(engine: str, address: str, default_port: int, greeting: bytes) -> N
             return
         except OSError as error:
             if isinstance(error, ConnectionRefusedError | socket.gaierror) or time.monotonic() >= end:
-                raise _unreachable(engine, address, str(error)) from error
+                raise unreachable(engine, address, str(error)) from error
 
 
-def _unreachable(engine: str, address: str, reason: str) -> EngineError:
+def unreachable(engine: str, address: str, reason: str) -> EngineError:
+    """``<engine>.unreachable``, with the address."""
     return EngineError(
         f"{engine}.unreachable",
         f"{engine.capitalize()} at {address} does not answer ({reason}); start it, correct the address in the site"
@@ -209,6 +170,7 @@ class Engines:
     """Where work runs; the default is this machine."""
 
     dask_address: str | None = None
+    dask_tls: DaskTls = NO_TLS
     ray_address: str | None = None
     preprocess_workers: int = 1
     """Processes of the local Dask cluster."""

@@ -22,7 +22,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from vnet_core.errors import VnetError
-from workers.clusters import dask_executor, processors, ray_session, token_path
+from workers.clusters import processors, ray_session, token_path
+from workers.dask_engine import dask_executor
 from workers.identity import identity_of, private_folder
 from workers.ledger import nameless
 from workers.site import Site
@@ -271,8 +272,8 @@ def dask(site: Site) -> Check:
     """Whether Dask answers at the site's address, or can be imported."""
     if site.dask_address is None:
         return _importable("dask", "distributed")
-    with dask_executor(site.dask_address, 1):
-        return Check("dask", "ok", f"the scheduler at {site.dask_address} answers")
+    with dask_executor(site.dask_address, 1, site.dask_tls):
+        return Check("dask", "ok", f"the scheduler at {site.dask_address} answers, its versions fit")
 
 
 def ray(site: Site) -> Check:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor
 
 from vnet_core import geometry as geo
 from vnet_core.drift import profile
@@ -15,6 +15,7 @@ from workers.failpoints import fail_point
 from workers.ledger import Costs, Outcome, State, settle
 from workers.modes import for_the_owner_alone
 from workers.store import Root
+from workers.tries import Tries, Work
 
 STAGE = "preprocess"
 
@@ -29,44 +30,32 @@ def preprocess(
 ) -> list[Outcome]:
     """One finished volume per case under :func:`workers.cohort.volume_key`; what is finished is not done again.
 
-    The executor's workers may be on other machines; only URLs, cases and the plan travel to them. As soon as
-    ``may_go_on`` is false after a case, nothing more is waited for, and the cases without an outcome are left.
+    The executor's workers may be on other machines; only URLs, cases and the plan travel to them. What a dead worker
+    had in hand is tried again as :mod:`workers.tries` says. As soon as ``may_go_on`` is false after a case, nothing
+    more is waited for, and the cases without an outcome are left. EngineError where the engine cannot go on.
     """
-    outcomes = []
-    jobs = {}
+    outcomes: list[Outcome] = []
+
+    def settled(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        on_outcome(outcome)
+
+    work = []
     for case in cases:
         key = volume_key(case, plan)
         if root.receipt(key):
-            outcomes.append(Outcome(case.id, STAGE, "cached", key=key))
-            on_outcome(outcomes[-1])
+            settled(Outcome(case.id, STAGE, "cached", key=key))
         else:
-            jobs[executor.submit(preprocess_case, root.url, case, plan)] = case
-    for job in as_completed(jobs):
-        if job.cancelled():  # the executor was closed, since something else ended the night
-            break
-        case = jobs[job]
-        error = job.exception()
-        if error is None:
-            outcome = job.result()
-        else:  # the worker that held the case died
-            outcome = Outcome(
-                case.id,
-                STAGE,
-                "failed",
-                ("engine.worker-died",),
-                f"the worker died ({type(error).__name__}); run the command again",
-            )
-        outcomes.append(outcome)
-        on_outcome(outcome)
-        if not may_go_on():
-            for other in jobs:
-                other.cancel()
-            break
+            work.append(Work(STAGE, case.id, key, preprocess_case, (root.url, case, plan)))
+    Tries(root, executor, settled, may_go_on).work_off(work)
     return sorted(outcomes, key=lambda outcome: outcome.case)
 
 
 def preprocess_case(root_url: str, case: Case, plan: Plan) -> Outcome:
-    """Read, prepare and publish one case; runs on a worker. Its outcome says what happened, it never raises."""
+    """Read, prepare and publish one case; runs on a worker. Its outcome says what happened, it never raises.
+
+    A volume that is finished is `cached`: an engine may do again what it had lost the answer of.
+    """
     # brings torch in, which the process that hands out the cases does without
     from vnet_core.preprocess import prepare
 
@@ -75,6 +64,8 @@ def preprocess_case(root_url: str, case: Case, plan: Plan) -> Outcome:
 
     def compute() -> tuple[State, str, tuple[str, ...]]:
         key, costs = volume_key(case, plan), Costs()
+        if root.receipt(key):
+            return "cached", key, ()
         image = read_channels(case.channels, plan.reading)
         label = scan_label(case.label, image.geometry, plan.labels, plan.reading).volume if case.label else None
         if source_digest(case.channels, plan.reading) != case.digest:

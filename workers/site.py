@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vnet_core.errors import ConfigError
 from vnet_core.plan import config_error
 from workers.clusters import TRAIN_HANG_S, Engines, processors
+from workers.dask_address import NO_TLS, DaskTls
 from workers.identity import Identity
 from workers.retention_rules import KEEP_EVERYTHING, Retention
 from workers.rules import CLOCK, DEFAULT_RULES, NightRules
@@ -51,7 +52,9 @@ class Site(BaseModel):
     root: str = "vnet-data"
     """Storage root: a folder, a file:// URL or s3://bucket/prefix."""
     dask_address: str | None = None
-    """Scheduler, such as tcp://10.0.0.5:8786; left out, Dask starts on this machine."""
+    """Scheduler, such as tls://10.0.0.5:8786; tcp:// on this machine alone; left out, Dask starts on this machine."""
+    dask_tls: DaskTls = NO_TLS
+    """How the scheduler and this machine know each other."""
     ray_address: str | None = None
     """Head of a Ray cluster, such as 10.0.0.5:6379; left out, RAY_ADDRESS, or else Ray starts on this machine."""
     preprocess_workers: int | None = Field(default=None, ge=1)
@@ -118,6 +121,7 @@ class Site(BaseModel):
         cpus = processors()
         return Engines(
             dask_address=self.dask_address,
+            dask_tls=self.dask_tls,
             # a submitted Ray job finds its cluster there
             ray_address=self.ray_address or os.environ.get("RAY_ADDRESS") or None,
             preprocess_workers=self.preprocess_workers or cpus,

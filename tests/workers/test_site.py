@@ -9,12 +9,13 @@ import pytest
 from vnet_core.errors import ConfigError
 from workers import clusters
 from workers.clusters import Engines, granted_cores, processors
+from workers.dask_address import DaskTls
 from workers.rules import NightRules
 from workers.site import Nightly, Site, load_site
 
 WHOLE = """
 root = "file:///srv/vnet"
-dask_address = "tcp://10.0.0.5:8786"
+dask_address = "tls://10.0.0.5:8786"
 ray_address = "10.0.0.5:6379"
 preprocess_workers = 6
 segment_workers = 2
@@ -60,6 +61,11 @@ results_days = 30
 spares_days = 10
 artifacts_days = 90
 grace_hours = 30.0
+
+[dask_tls]
+ca_file = "/etc/vnet/ca.pem"
+cert_file = "/etc/vnet/here.pem"
+key_file = "/etc/vnet/here-key.pem"
 
 [identity]
 ids = "pseudonyms"
@@ -107,7 +113,8 @@ def test_every_key_is_read(tmp_path):
     assert site.nightly[1].cron == "0 1 * * *"
     engines = site.engines
     assert engines == Engines(
-        dask_address="tcp://10.0.0.5:8786",
+        dask_address="tls://10.0.0.5:8786",
+        dask_tls=DaskTls(ca_file="/etc/vnet/ca.pem", cert_file="/etc/vnet/here.pem", key_file="/etc/vnet/here-key.pem"),
         ray_address="10.0.0.5:6379",
         preprocess_workers=6,
         segment_workers=2,
@@ -132,6 +139,12 @@ def test_an_unknown_key_of_the_identity_names_the_nearest(tmp_path):
     code, message = refused(tmp_path, '[identity]\nsecretfile = "/etc/vnet/secret"')
     assert code == "site.unknown-key"
     assert "identity.secretfile is not a key of the site; the nearest is identity.secret_file" in message
+
+
+def test_an_unknown_key_of_the_certificates_names_the_nearest(tmp_path):
+    code, message = refused(tmp_path, '[dask_tls]\nca = "/etc/vnet/ca.pem"')
+    assert code == "site.unknown-key"
+    assert "dask_tls.ca is not a key of the site; the nearest is dask_tls.ca_file" in message
 
 
 def test_an_unknown_key_of_a_night_names_the_nearest(tmp_path):

@@ -1,0 +1,172 @@
+"""Processes of a Dask cluster that are killed while cases are preprocessed, and cases that kill theirs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import dask as dask_library
+import psutil
+import pytest
+
+from tests.workers.dask_processes import Dask, dask_processes, until
+from tests.workers.known_model import known_plan
+from tests.workers.misfortune import Watched, begun, pids
+from tests.workers.tiny_cohort import SPACING_MM, take_in, write_scan
+from vnet_core.errors import EngineError
+from workers.cohort import Case, load_entries
+from workers.dask_engine import DaskExecutor, dask_executor
+from workers.ledger import Outcome
+from workers.preprocess import preprocess
+from workers.store import Root
+
+pytestmark = pytest.mark.faults
+
+PLAN = known_plan(SPACING_MM, crop=False)
+LIMIT_BYTES = 900 << 20
+"""Above what a worker takes that has imported torch and reads a tiny scan."""
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    folder = tmp_path_factory.mktemp("scans")
+    names = [*(f"fine-{number}" for number in range(6)), "slow-a", "slow-b", "poison-a", "hog-a"]
+    for seed, name in enumerate(names):
+        write_scan(folder / "scans", name, seed)
+    root = Root(folder / "root")
+    take_in(root, "all", [folder / "scans"])
+    return {entry.case.id: entry.case for entry in load_entries(root, "all")}
+
+
+class Trial:
+    """A run of the stage in a thread, on a cluster of two workers, with its root and log."""
+
+    def __init__(self, folder: Path, dask: Dask) -> None:
+        self.root, self.log, self.dask = Root(folder / "root"), folder / "log" / "begun", dask
+        self.log.parent.mkdir()
+        self._thread = ThreadPoolExecutor(1)
+
+    def start(self, cases: Sequence[Case], executor: DaskExecutor) -> None:
+        watched = Watched(executor, self.log)
+        self._run = self._thread.submit(preprocess, self.root, cases, PLAN, watched)
+
+    def outcomes(self) -> dict[str, Outcome]:
+        return {outcome.case: outcome for outcome in self._run.result(300)}
+
+    def sealed(self) -> set[str]:
+        return {name for name in self.root.names("volumes") if self.root.receipt(f"volumes/{name}")}
+
+    def go(self) -> None:
+        """Let those go on that wait."""
+        (self.log.parent / "go").touch()
+
+
+def trial(folder: Path, dask: Dask, workers: int = 2, *arguments: str) -> Trial:
+    for _ in range(workers):
+        dask.add_worker(*arguments)
+    return Trial(folder, dask)
+
+
+def named(scans: dict[str, Case], *kinds: str) -> list[Case]:
+    return [case for name, case in scans.items() if name.partition("-")[0] in kinds]
+
+
+def test_a_worker_that_is_killed_costs_what_it_had_in_hand(scans, tmp_path: Path) -> None:
+    with dask_processes() as dask, dask_executor(dask.address, 2) as executor:
+        run = trial(tmp_path, dask)
+        run.start(named(scans, "fine", "slow"), executor)
+        until(lambda: begun(run.log)["slow-a"] and begun(run.log)["slow-b"])
+        before = run.sealed()
+        psutil.Process(pids(run.log, "slow-a")[0]).kill()
+        run.go()
+        outcomes = run.outcomes()
+    assert {outcome.state for outcome in outcomes.values()} == {"computed"}
+    counts = begun(run.log)
+    assert counts["slow-a"] == 2
+    assert all(counts[name] == 1 for name in outcomes if name != "slow-a"), counts
+    assert len(run.sealed()) == len(outcomes) > len(before)
+
+
+def test_a_nanny_that_is_killed_takes_its_worker_along_and_the_other_goes_on(scans, tmp_path: Path) -> None:
+    with dask_processes() as dask, dask_executor(dask.address, 2) as executor:
+        run = trial(tmp_path, dask)
+        run.start(named(scans, "fine", "slow"), executor)
+        until(lambda: begun(run.log)["slow-a"] and begun(run.log)["slow-b"])
+        worker = psutil.Process(pids(run.log, "slow-a")[0])
+        nanny = next(nanny for nanny in dask.workers if worker in nanny.children(recursive=True))
+        nanny.kill()
+        until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 60)
+        run.go()
+        outcomes = run.outcomes()
+    assert {outcome.state for outcome in outcomes.values()} == {"computed"}
+    counts = begun(run.log)
+    assert counts["slow-a"] == 2
+    assert all(counts[name] == 1 for name in outcomes if name != "slow-a"), counts
+
+
+def test_a_scheduler_that_is_killed_is_told_and_what_was_published_is_not_done_again(scans, tmp_path: Path) -> None:
+    with dask_processes() as dask, dask_executor(dask.address, 2) as executor:
+        run = trial(tmp_path, dask)
+        run.start(named(scans, "fine", "slow"), executor)
+        until(lambda: begun(run.log)["slow-a"] and begun(run.log)["slow-b"])
+        died = time.monotonic()
+        dask.scheduler.kill()
+        with pytest.raises(EngineError) as caught:
+            run.outcomes()
+    assert time.monotonic() - died < 60
+    assert caught.value.code == "dask.lost"
+    assert dask.address in caught.value.message
+    published, before = run.sealed(), begun(run.log)
+    run.go()
+    with dask_processes() as other, dask_executor(other.address, 2) as executor:
+        for _ in range(2):
+            other.add_worker()
+        run.start(named(scans, "fine", "slow"), executor)
+        outcomes = run.outcomes()
+    states = [outcome.state for outcome in outcomes.values()]
+    assert states.count("cached") == len(published)
+    assert states.count("computed") == len(outcomes) - len(published) >= 2
+    again = begun(run.log) - before
+    assert again == dict.fromkeys((name for name, outcome in outcomes.items() if outcome.state == "computed"), 1)
+
+
+def test_poison_by_address_costs_three_workers_and_no_neighbour(scans, tmp_path: Path) -> None:
+    """A stock scheduler gives the work of a dead worker to the next, three times over."""
+    with dask_processes() as dask, dask_executor(dask.address, 2) as executor:
+        run = trial(tmp_path, dask)
+        run.start(named(scans, "fine", "poison"), executor)
+        outcomes = run.outcomes()
+    counts = begun(run.log)
+    poison = outcomes.pop("poison-a")
+    assert (poison.state, poison.codes, counts["poison-a"]) == ("failed", ("case.kills-worker",), 3)
+    assert {outcome.state for outcome in outcomes.values()} == {"computed"}
+    assert all(counts[name] == 1 for name in outcomes), counts
+
+
+def test_a_case_that_takes_more_memory_than_its_worker_may_is_named(scans, tmp_path: Path) -> None:
+    with dask_processes() as dask, dask_executor(dask.address, 2) as executor:
+        run = trial(tmp_path, dask, 2, "--memory-limit", str(LIMIT_BYTES))
+        run.start(named(scans, "fine", "hog"), executor)
+        outcomes = run.outcomes()
+    counts = begun(run.log)
+    hog = outcomes.pop("hog-a")
+    assert (hog.state, hog.codes, counts["hog-a"]) == ("failed", ("case.out-of-memory",), 3)
+    assert f"limit of {LIMIT_BYTES >> 20} MiB" in hog.message
+    assert {outcome.state for outcome in outcomes.values()} == {"computed"}
+
+
+def test_memory_is_named_on_this_machines_own_cluster_too(scans, tmp_path: Path) -> None:
+    """Its limit is this machine's memory by core, of which a share is taken here."""
+    share = LIMIT_BYTES / (psutil.virtual_memory().total / psutil.cpu_count())
+    with (
+        dask_library.config.set({"distributed.worker.memory.terminate": share}),
+        dask_executor(None, 2) as executor,
+    ):
+        log = tmp_path / "log" / "begun"
+        log.parent.mkdir()
+        outcomes = preprocess(Root(tmp_path / "root"), named(scans, "fine", "hog"), PLAN, Watched(executor, log))
+    told = {outcome.case: outcome.codes for outcome in outcomes}
+    assert told.pop("hog-a") == ("case.out-of-memory",)
+    assert set(told.values()) == {()}
