@@ -129,6 +129,7 @@ class Tries:
         self._ended: queue.SimpleQueue[Future[Outcome | None]] = queue.SimpleQueue()
         self._losses: dict[str, _Losses] = {}
         self._suspects: deque[Work] = deque()
+        self._marks: list[str] = []
 
     def work_off(self, work: Sequence[Work]) -> None:
         """Until all have an outcome, or no more may be begun, or somebody closes the executor.
@@ -141,20 +142,14 @@ class Tries:
             while self._held or self._suspects:
                 if not self._held:
                     self._submit(self._suspects.popleft())
-                    continue
-                job = self._next()
-                if job is None:
-                    continue
-                if job.cancelled():
-                    if self._supervisor and (loss := self._supervisor.loss()):
-                        raise loss
-                    return  # the executor was closed, since something else ended the work
-                self._take(job)
-                if not self._may_go_on():
+                elif not self._goes_on():
                     return
         finally:
             for job in self._held:
                 job.cancel()
+            for mark in self._marks:
+                with suppress(OSError):
+                    self._root.delete(mark)
 
     def _submit(self, work: Work) -> None:
         mark = f"{work.key}.try-{uuid4().hex[:12]}"
@@ -166,14 +161,21 @@ class Tries:
         self._held[job] = work, mark
         job.add_done_callback(self._ended.put)
 
-    def _next(self) -> Future[Outcome | None] | None:
-        """A job that has ended, or None after a while."""
+    def _goes_on(self) -> bool:
+        """Take the next job that ends, if one does; whether more may follow. No job is kept: an engine does again what
+        somebody may still ask for and a worker has taken with it."""
         try:
-            return self._ended.get(timeout=POLL_S)
+            job = self._ended.get(timeout=POLL_S)
         except queue.Empty:
             if self._supervisor:
                 self._supervisor.check()
-            return None
+            return True
+        if job.cancelled():
+            if self._supervisor and (loss := self._supervisor.loss()):
+                raise loss
+            return False  # the executor was closed, since something else ended the work
+        self._take(job)
+        return self._may_go_on()
 
     def _take(self, job: Future[Outcome | None]) -> None:
         work, mark = self._held.pop(job)
@@ -222,14 +224,15 @@ class Tries:
             self._submit(work)
 
     def _begun(self, mark: str) -> Worker | None:
-        """Who had begun it under a mark, which is taken away."""
+        """Who had begun it under a mark. It stays until the end: the engine may do the same once more, when another
+        worker dies that has the answer."""
         try:
             facts = self._root.get_json(f"{mark}/begun.json")
         except StorageError as error:
             if error.code != "store.missing":
                 raise
             return None
-        self._root.delete(mark)
+        self._marks.append(mark)
         return Worker(facts["worker"], facts["memory_limit_bytes"])
 
     def _blamed(self, work: Work, deaths: Sequence[Worker]) -> Outcome:

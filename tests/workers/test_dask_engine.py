@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
 import distributed
 import pytest
-from distributed.security import Security
+from distributed.comm import connect
 
 from tests.walkthrough import REPOSITORY
 from tests.workers.certificates import Authority
@@ -51,11 +53,12 @@ def test_work_goes_to_a_scheduler_with_certificates(encrypted: Dask, authority: 
 
 def test_who_shows_no_certificate_is_refused(encrypted: Dask) -> None:
     """Neither over tcp, nor over TLS without one; the program does not even try."""
-    host_and_port = encrypted.address.removeprefix("tls://")
-    with pytest.raises((OSError, TimeoutError)):
-        distributed.Client(f"tcp://{host_and_port}", timeout=3)
-    with pytest.raises((OSError, TimeoutError, TypeError)):
-        distributed.Client(encrypted.address, timeout=3, security=Security(require_encryption=True))
+    with pytest.raises(OSError, match=r"127\.0\.0\.1"):
+        asyncio.run(connect(f"tcp://{encrypted.address.removeprefix('tls://')}", timeout=3))
+    stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    stranger.check_hostname, stranger.verify_mode = False, ssl.CERT_NONE
+    with pytest.raises(OSError, match=r"127\.0\.0\.1"):
+        asyncio.run(connect(encrypted.address, timeout=3, ssl_context=stranger))
     with pytest.raises(ConfigError) as caught, dask_executor(encrypted.address, 1):
         pass
     assert caught.value.code == "dask.tls-files"

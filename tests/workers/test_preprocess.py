@@ -54,7 +54,9 @@ def test_what_kills_its_worker_is_told_and_all_others_are_done_once(scans, clust
     assert by_case.keys() == {case.id for case in scans}
     counts = begun(log)
     for name in FINE:
-        assert (by_case[name].state, counts[name]) == ("computed", 1), "neighbours of a dead worker are not blamed"
+        # cached: Dask did it again, since the answer lay on a dead worker, and it found the receipt
+        assert by_case[name].state in ("computed", "cached")
+        assert counts[name] == 1, "neighbours of a dead worker are neither blamed nor done twice"
     assert (by_case["unlucky-a"].state, counts["unlucky-a"]) == ("computed", 2)
     poison = by_case["poison-a"]
     assert (poison.state, poison.codes, counts["poison-a"]) == ("failed", ("case.kills-worker",), 3)

@@ -143,9 +143,9 @@ def test_an_unknown_key_of_the_identity_names_the_nearest(tmp_path):
 
 
 def test_an_unknown_key_of_the_certificates_names_the_nearest(tmp_path):
-    code, message = refused(tmp_path, '[dask_tls]\nca = "/etc/vnet/ca.pem"')
+    code, message = refused(tmp_path, '[dask_tls]\ncafile = "/etc/vnet/ca.pem"')
     assert code == "site.unknown-key"
-    assert "dask_tls.ca is not a key of the site; the nearest is dask_tls.ca_file" in message
+    assert "dask_tls.cafile is not a key of the site; the nearest is dask_tls.ca_file" in message
 
 
 def test_an_unknown_key_of_a_night_names_the_nearest(tmp_path):

@@ -70,6 +70,8 @@ class Diary:
         return Work("preprocess", case, f"volumes/{case}", self._do, (case, fate))
 
     def _do(self, case: str, fate: Callable[[str], None]) -> Outcome:
+        if self.root.receipt(f"volumes/{case}"):
+            return Outcome(case, "preprocess", "cached", key=f"volumes/{case}")
         self.begun.append(case)
         fate(case)
         self.root.put(f"volumes/{case}/image", case.encode())
@@ -130,6 +132,27 @@ def test_a_case_whose_worker_died_once_is_done_the_second_time(diary: Diary) -> 
     outcomes = work_off(diary, Mortal(0), [diary.work("a", once), diary.work("b")])
     assert diary.begun == ["a", "b", "a"]
     assert {outcome.state for outcome in outcomes.values()} == {"computed"}
+
+
+class Remembering(Mortal):
+    """With each worker that dies answers are lost, and all that was ever submitted is done again, as Dask does it."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.past: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = super().submit(fn, *args, **kwargs)
+        for again, arguments in self.past:
+            again(*arguments)
+        self.past.append((fn, args))
+        return future
+
+
+def test_what_an_engine_does_again_later_is_not_begun_again(diary: Diary) -> None:
+    work_off(diary, Remembering(), [diary.work("a"), diary.work("poison", dies)])
+    assert diary.begun.count("poison") == TRIES
+    assert diary.root.names("volumes") == ["a"]
 
 
 @pytest.mark.parametrize("again", [0, 3])
