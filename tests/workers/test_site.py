@@ -42,6 +42,7 @@ retry_delay_s = 10.0
 quarantine_after = 4
 review = "flagged"
 deliver = "/srv/masks"
+deliver_readers = "group"
 challenger_share = 0.2
 
 [[nightly]]
