@@ -154,6 +154,7 @@ def measure(setting: Setting, folder: Path) -> list[str]:
     receipt, report = root.receipt(found["key"]), root.get_json(f"{found['key']}/report.json")
     plan, grid = load_model(root, MODEL).plan, resampled(setting.scan, setting.spacing_mm)
     assert receipt is not None
+    needed = whole_bytes(plan, grid.shape, setting.scan.shape, 1)
     return [
         f"# A scan larger than memory: {setting.name}",
         "",
@@ -165,7 +166,7 @@ def measure(setting: Setting, folder: Path) -> list[str]:
         "",
         "| | GiB |",
         "|---|---|",
-        f"| needed whole, predicted | {whole_bytes(plan, grid.shape, setting.scan.shape, 1, 4) / 2**30:.1f} |",
+        f"| needed whole beside the pass, predicted | {needed / 2**30:.1f} |",
         f"| in portions, predicted | {receipt['predicted_bytes'] / 2**30:.2f} |",
         f"| in portions, measured beyond the start | {(found['peak'] - found['start']) / 2**30:.2f} |",
         f"| the process at its start: libraries and weights | {found['start'] / 2**30:.2f} |",
