@@ -59,7 +59,7 @@ SETTINGS = {
         "volume", 8, Geometry((1024, 1024, 1024), (0.5, 0.5, 0.5), (0.0, 0.0, 0.0)), (0.5, 0.5, 0.5), 3.0
     ),
     "labels": Setting(
-        "labels", 100, Geometry((800, 512, 512), (1.0, 0.75, 0.75), (0.0, 0.0, 0.0)), (1.5, 1.5, 1.5), 3.0
+        "labels", 100, Geometry((800, 512, 512), (1.0, 0.75, 0.75), (0.0, 0.0, 0.0)), (3.0, 3.0, 3.0), 3.0
     ),
 }
 
@@ -75,6 +75,7 @@ def plan_of(setting: Setting) -> Plan:
             "inference": {
                 "memory_limit_gib": setting.limit_gib,
                 "precision": "float32",
+                "overlap": 0.1,
                 "cleaning": [{"label": 1, "keep": "largest", "holes": "fill"}],
             },
         }
@@ -153,6 +154,7 @@ def measure(setting: Setting, folder: Path) -> list[str]:
     receipt, report = root.receipt(found["key"]), root.get_json(f"{found['key']}/report.json")
     plan, grid = load_model(root, MODEL).plan, resampled(setting.scan, setting.spacing_mm)
     assert receipt is not None
+    needed = whole_bytes(plan, grid.shape, setting.scan.shape, 1)
     return [
         f"# A scan larger than memory: {setting.name}",
         "",
@@ -164,7 +166,7 @@ def measure(setting: Setting, folder: Path) -> list[str]:
         "",
         "| | GiB |",
         "|---|---|",
-        f"| needed whole, predicted | {whole_bytes(plan, grid.shape, setting.scan.shape, 1, 4) / 2**30:.1f} |",
+        f"| needed whole beside the pass, predicted | {needed / 2**30:.1f} |",
         f"| in portions, predicted | {receipt['predicted_bytes'] / 2**30:.2f} |",
         f"| in portions, measured beyond the start | {(found['peak'] - found['start']) / 2**30:.2f} |",
         f"| the process at its start: libraries and weights | {found['start'] / 2**30:.2f} |",
@@ -180,16 +182,13 @@ def _by(shape: Any) -> str:
 
 
 def with_shape(setting: Setting, shape: list[int] | None) -> Setting:
-    """The setting with another number of voxels; smaller patches where it is small."""
+    """The setting with another number of voxels, and less memory and smaller patches where it is small."""
     if not shape:
         return setting
     z, y, x = shape
-    patch = 64 if min(shape) >= 256 else 16
-    return replace(setting, scan=replace(setting.scan, shape=(z, y, x)), patch=patch, limit_gib=_limit(shape, setting))
-
-
-def _limit(shape: list[int], setting: Setting) -> float:
-    return setting.limit_gib if min(shape) >= 256 else 0.5
+    small = min(shape) < 256
+    smaller = replace(setting.scan, shape=(z, y, x))
+    return replace(setting, scan=smaller, patch=16 if small else 64, limit_gib=0.5 if small else 1.5)
 
 
 def main() -> None:

@@ -37,19 +37,14 @@ PUBLISHING_BYTES = 10
 written, what is read back, and the places of its voxels."""
 
 
-def whole_bytes(plan: Plan, network_shape: Shape, scan_shape: Shape, passes: int, bytes_per_value: int) -> int:
-    """Bytes of host memory for a case that is segmented and published whole.
+def whole_bytes(plan: Plan, network_shape: Shape, scan_shape: Shape, passes: int) -> int:
+    """Bytes of host memory that a case which is segmented and published whole holds beside its pass.
 
-    Image and logits on the network's grid, what several passes hold beside them, and the larger of the pass and the
-    scan's own grid. On a GPU the pass itself takes none of it.
+    Image and logits on the network's grid, what several passes hold, and the scan's own grid while the mask is made and
+    published.
     """
-    voxels = prod(network_shape)
-    one_pass = predicted_peak_bytes(
-        plan.network, len(plan.channels), plan.outputs, computed_shape(plan, network_shape), bytes_per_value
-    )
-    held = voxels * 4 * (len(plan.channels) + plan.outputs) + held_bytes(plan, network_shape, passes)
-    on_scan = prod(scan_shape) * PUBLISHING_BYTES + RESTORING_COPIES * SLAB_VALUES * 4
-    return held + max(min(one_pass, int(plan.inference.memory_limit_gib * GIB)), on_scan)
+    held = prod(network_shape) * 4 * (len(plan.channels) + plan.outputs) + held_bytes(plan, network_shape, passes)
+    return held + prod(scan_shape) * PUBLISHING_BYTES + RESTORING_COPIES * SLAB_VALUES * 4
 
 
 def tile_of_portions(plan: Plan, network_shape: Shape, bytes_per_value: int) -> Shape | None:

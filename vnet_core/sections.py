@@ -367,8 +367,8 @@ class InferencePlan(Section):
 
     memory_limit_gib: float = Field(default=6.0, gt=0)
     """A volume goes through in one pass when its predicted peak is below this, else in tiles, and in portions of the
-    scan where all that is held would be more. It is part of the plan so that the same plan gives the same mask on a
-    machine with more memory."""
+    scan where what is held beside the pass would be more. It is part of the plan so that the same plan gives the same
+    mask on a machine with more memory."""
     overlap: float = Field(default=0.25, ge=0, lt=1)
     """Overlap of neighbouring tiles, as a share of the tile's edge."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"

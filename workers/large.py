@@ -95,9 +95,9 @@ def segment_in_portions(work: Work, tile: Shape | None) -> Large:
     limit = min(int(plan.inference.memory_limit_gib * 2**30), int(SHARE_OF_FREE * psutil.virtual_memory().available))
     portions = divided(plan, work.grids, tile, passes, itemsize, limit)
     work.root.delete(work.scratch)
-    values = _label_map(work, portions)
+    values = label_map(work, portions)
     maps = _maps_of_passes(work, portions) if passes > 1 else []
-    for portion, found in _segmented(work, portions):
+    for portion, found in segmented(work, portions, portions.regions()):
         values.write(label_values(found.classes, plan.labels), *portion.slices)
         if found.own is not None and found.mean is not None:
             for stored, part in zip(maps, (found.mean, *found.alone), strict=True):
@@ -107,21 +107,24 @@ def segment_in_portions(work: Work, tile: Shape | None) -> Large:
     return Large(values, spread, portions)
 
 
-def _segmented(work: Work, portions: Portions) -> Iterator[tuple[Region, Segmented]]:
+def segmented(work: Work, portions: Portions, chosen: Sequence[Region]) -> Iterator[tuple[Region, Segmented]]:
+    """The chosen portions, one after the other; neither their order nor who does the others changes them."""
+
     def read(region: Region) -> torch.Tensor:
         return torch.from_numpy(work.image.read(slice(None), *region.slices))
 
     if portions.tile is not None:
-        for portion in portions.regions():
+        for portion in chosen:
             yield portion, segment_portion(work.networks, read, portions, portion)
         return
     everything = Region((0, 0, 0), portions.shape)
     said = predict(work.networks, read(everything).to(work.device), work.plan)
-    for portion in portions.regions():
+    for portion in chosen:
         yield portion, restore_portion(said, portions, portion)
 
 
-def _label_map(work: Work, portions: Portions) -> StoredArray:
+def label_map(work: Work, portions: Portions) -> StoredArray:
+    """An array for the label values of a case on the scan's own grid, whose shards are the portions."""
     z, y, x = (min(EDGE, n) for n in portions.scan_shape)
     a, b, c = (-(-edge // chunk) * chunk for edge, chunk in zip(portions.edges, (z, y, x), strict=True))
     dtype = label_values(np.zeros(0, np.uint8), work.plan.labels).dtype

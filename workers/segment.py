@@ -140,12 +140,12 @@ class Segmenter:
         return "computed", key, tuple(notes)
 
     def _fits_whole(self, plan: Plan, network_shape: Shape, scan_shape: Shape) -> bool:
-        """Whether the case is segmented and published with everything in memory: decided by the plan alone."""
+        """Whether what the case holds beside its pass is within the plan's limit, so that it is done whole."""
         from vnet_core.ensemble import number_of_passes
         from vnet_core.portions import whole_bytes
 
         passes = number_of_passes(len(self.networks), plan)
-        needed = whole_bytes(plan, network_shape, scan_shape, passes, self.precision.itemsize)
+        needed = whole_bytes(plan, network_shape, scan_shape, passes)
         return needed <= plan.inference.memory_limit_gib * 2**30
 
     def _whole(

@@ -1,6 +1,8 @@
 """What is larger than memory is segmented and published in portions, with the files that the whole would have."""
 
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,13 @@ from vnet_core.errors import StorageError
 from vnet_core.geometry import Geometry, matrix_of
 from vnet_core.networks.vnet import build_vnet
 from vnet_core.plan import Plan
+from vnet_core.portions import Portions, divided
 from vnet_core.volume import Volume
 from workers import large, large_masks
 from workers.arrays import StoredArray, create_array
-from workers.cohort import Case, source_digest
+from workers.cohort import Case, source_digest, volume_geometry, volume_key
 from workers.large_masks import NO_LARGE_PICTURE
+from workers.masks import label_values
 from workers.models import Target, publish
 from workers.preprocess import preprocess_case
 from workers.scans import write_volume
@@ -50,13 +54,13 @@ def plan_of(limit_gib: float, **sections) -> Plan:
     )
 
 
-def scan_in(folder: Path) -> Case:
+def scan_in(folder: Path, grid: Geometry) -> Case:
     noise = torch.randn((1, 1, 6, 7, 6), generator=torch.Generator().manual_seed(1))
-    smooth = torch.nn.functional.interpolate(noise, size=GRID.shape, mode="trilinear")[0, 0].numpy()
-    voxels = (300 * smooth + np.random.default_rng(0).normal(0, 20, GRID.shape)).astype(np.int16)
+    smooth = torch.nn.functional.interpolate(noise, size=grid.shape, mode="trilinear")[0, 0].numpy()
+    voxels = (300 * smooth + np.random.default_rng(0).normal(0, 20, grid.shape)).astype(np.int16)
     folder.mkdir(exist_ok=True)
-    write_volume(folder / "a.nii.gz", Volume(voxels[None], GRID))
-    return Case("a", (str(folder / "a.nii.gz"),), digest="", geometry=GRID)
+    write_volume(folder / "a.nii.gz", Volume(voxels[None], grid))
+    return Case("a", (str(folder / "a.nii.gz"),), digest="", geometry=grid)
 
 
 def segmenter(root: Root, plan: Plan, version: str, networks: int = 1) -> Segmenter:
@@ -68,8 +72,8 @@ def segmenter(root: Root, plan: Plan, version: str, networks: int = 1) -> Segmen
     return Segmenter(root.url, f"organs@{version}", 1)
 
 
-def ready(root: Root, plan: Plan, folder: Path) -> Case:
-    case = scan_in(folder)
+def ready(root: Root, plan: Plan, folder: Path, grid: Geometry = GRID) -> Case:
+    case = scan_in(folder, grid)
     case = replace(case, digest=source_digest(case.channels))
     assert preprocess_case(root.url, case, plan).state == "computed"
     return case
@@ -143,6 +147,49 @@ def test_a_scan_that_is_too_large_for_a_picture_has_none(tmp_path, monkeypatch):
     outcome = segmenter(root, plan, "v").segment(Job("c", case, "nifti"))
     assert root.get_json(f"{outcome.key}/report.json")["picture"] == NO_LARGE_PICTURE
     assert not root.exists(f"{outcome.key}/qc.png")
+
+
+# --- who does it, and in which order
+
+
+def work_of(root: Root, plan: Plan, case: Case, scratch: str) -> tuple[large.Work, Portions]:
+    worker = Segmenter(root.url, "organs@v", 1)
+    key = volume_key(case, plan)
+    image, grid = StoredArray(root, key, "image").whole(), volume_geometry(root, key)
+    assert case.geometry is not None
+    grids = (grid, case.geometry)
+    work = large.Work(root, scratch, worker.networks, worker.device, plan, image, grids)
+    portions = divided(plan, grids, (8, 8, 8), 1, 4, 2**30)
+    # one chunk each, since so small a scan would be one portion
+    return work, replace(portions, edges=(32, 32, 32))
+
+
+def do_share(url: str, plan: Plan, case: Case, scratch: str, first: int, of: int) -> int:
+    """What one worker of several does, the last portion first where there are several; how many it did."""
+    work, portions = work_of(Root(url), plan, case, scratch)
+    values = StoredArray(work.root, scratch, "labels")
+    chosen = portions.regions()[first::of]
+    for portion, found in large.segmented(work, portions, chosen if of == 1 else chosen[::-1]):
+        values.write(label_values(found.classes, plan.labels), *portion.slices)
+    return len(chosen)
+
+
+def test_one_worker_or_several_in_another_order_leave_the_same_bytes(tmp_path):
+    root = Root(tmp_path / "root")
+    plan = plan_of(TIGHT_GIB)
+    case = ready(root, plan, tmp_path / "scans", replace(GRID, shape=(33, 34, 35)))
+    segmenter(root, plan, "v")
+    stored = []
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+        for of in (1, 2):
+            scratch = f"shares/{of}"
+            large.label_map(*work_of(root, plan, case, scratch))
+            shares = [processes.submit(do_share, root.url, plan, case, scratch, first, of) for first in range(of)]
+            assert sum(share.result() for share in shares) == 2 * 2 * 2
+            stored.append({one.key.removeprefix(scratch): root.get(one.key) for one in root.walk(scratch)})
+    assert stored[0] == stored[1]
+    values = StoredArray(root, "shares/2", "labels").whole().read(slice(None))
+    assert len(np.unique(values)) > 1
 
 
 # --- when memory runs out
