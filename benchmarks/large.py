@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,8 @@ def measure(setting: Setting, folder: Path) -> list[str]:
     ]
 
 
-def _by(shape: Any) -> str:
-    return " x ".join(map(str, shape))
+def _by(shape: Sequence[int] | None) -> str:
+    return " x ".join(map(str, shape)) if shape else "the whole grid"
 
 
 def with_shape(setting: Setting, shape: list[int] | None) -> Setting:

@@ -17,6 +17,7 @@ END_S = 60.0
 
 @pytest.mark.slow
 @pytest.mark.parametrize("process", ["gcs_server", "raylet/raylet"])
+@pytest.mark.fault("F3", "F4")
 def test_a_night_that_loses_ray_ends_in_a_minute_and_goes_on_when_run_again(
     vnet: Start, taken_in: Path, tmp_path: Path, process: str
 ) -> None:

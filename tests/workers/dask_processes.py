@@ -59,6 +59,8 @@ class Dask:
             process = subprocess.Popen(
                 [sys.executable, "-m", f"distributed.cli.{module}", *(tls if files.is_given else []), *arguments],
                 env={**os.environ, "PYTHONPATH": str(REPOSITORY), **variables},
+                # where no metadata of a checkout lies
+                cwd=self._folder,
                 stdout=log,
                 stderr=log,
             )

@@ -73,6 +73,7 @@ def named(scans: dict[str, Case], *kinds: str) -> list[Case]:
     return [case for name, case in scans.items() if name.partition("-")[0] in kinds]
 
 
+@pytest.mark.fault("F5")
 def test_a_worker_that_is_killed_costs_what_it_had_in_hand(scans, tmp_path: Path) -> None:
     with dask_processes() as dask, dask_executor(dask.address, 2) as executor:
         run = trial(tmp_path, dask)
@@ -89,6 +90,7 @@ def test_a_worker_that_is_killed_costs_what_it_had_in_hand(scans, tmp_path: Path
     assert len(run.sealed()) == len(outcomes) > len(before)
 
 
+@pytest.mark.fault("F5")
 def test_a_nanny_that_is_killed_takes_its_worker_along_and_the_other_goes_on(scans, tmp_path: Path) -> None:
     with dask_processes() as dask, dask_executor(dask.address, 2) as executor:
         run = trial(tmp_path, dask)
@@ -106,6 +108,7 @@ def test_a_nanny_that_is_killed_takes_its_worker_along_and_the_other_goes_on(sca
     assert all(counts[name] == 1 for name in outcomes if name != "slow-a"), counts
 
 
+@pytest.mark.fault("F5")
 def test_a_scheduler_that_is_killed_is_told_and_what_was_published_is_not_done_again(scans, tmp_path: Path) -> None:
     with dask_processes() as dask, dask_executor(dask.address, 2) as executor:
         run = trial(tmp_path, dask)
@@ -131,6 +134,7 @@ def test_a_scheduler_that_is_killed_is_told_and_what_was_published_is_not_done_a
     assert len(again) == len(outcomes) - len(published) >= 2
 
 
+@pytest.mark.fault("F6")
 def test_poison_by_address_costs_three_workers_and_no_neighbour(scans, tmp_path: Path) -> None:
     """A stock scheduler gives the work of a dead worker to the next, three times over."""
     with dask_processes() as dask, dask_executor(dask.address, 2) as executor:
@@ -144,6 +148,7 @@ def test_poison_by_address_costs_three_workers_and_no_neighbour(scans, tmp_path:
     assert all(counts[name] == 1 for name in outcomes), counts
 
 
+@pytest.mark.fault("F14")
 def test_a_case_that_takes_more_memory_than_its_worker_may_is_named(scans, tmp_path: Path) -> None:
     with dask_processes() as dask, dask_executor(dask.address, 2) as executor:
         run = trial(tmp_path, dask, 2, "--memory-limit", str(LIMIT_BYTES))
@@ -156,6 +161,7 @@ def test_a_case_that_takes_more_memory_than_its_worker_may_is_named(scans, tmp_p
     assert all(outcome.done for outcome in outcomes.values())
 
 
+@pytest.mark.fault("F14")
 def test_memory_is_named_on_this_machines_own_cluster_too(scans, tmp_path: Path) -> None:
     """Its limit is this machine's memory by core, of which a share is taken here."""
     share = LIMIT_BYTES / (psutil.virtual_memory().total / psutil.cpu_count())

@@ -75,7 +75,7 @@ def segmenter(root: Root, plan: Plan, version: str, networks: int = 1) -> Segmen
 def ready(root: Root, plan: Plan, folder: Path, grid: Geometry = GRID) -> Case:
     case = scan_in(folder, grid)
     case = replace(case, digest=source_digest(case.channels))
-    assert preprocess_case(root.url, case, plan).state == "computed"
+    assert preprocess_case(root.url, case, plan).done
     return case
 
 

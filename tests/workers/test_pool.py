@@ -118,6 +118,7 @@ def runs(root: Root, case: str) -> int:
     return len(root.names(f"ran/{case}"))
 
 
+@pytest.mark.fault("F2", "F29", "F30")
 def test_actors_that_die_lose_their_gpu_or_hang_cost_no_case(
     root: Root, pool_of: Callable[..., SegmentPool], cluster: Any
 ) -> None:
@@ -129,7 +130,8 @@ def test_actors_that_die_lose_their_gpu_or_hang_cost_no_case(
     assert sorted(heard) == sorted(names), "each is told once"
     assert runs(root, "sealed-a") == 1, "what is published is not done again"
     assert [runs(root, name) for name in ("die-a", "gpu-a", "hang-a")] == [2, 2, 2]
-    assert pool.replaced == 4
+    # an actor that ends may take another case that would have ended it along
+    assert 2 <= pool.replaced <= 4
     # the stopped process is gone, not left behind
     stopped = [int(root.get(f"ran/hang-a/{name}")) for name in root.names("ran/hang-a")]
     until(lambda: not any(psutil.pid_exists(pid) and _is_stopped(pid) for pid in stopped), 30)
@@ -141,6 +143,7 @@ def _is_stopped(pid: int) -> bool:
     return psutil.Process(pid).status() == psutil.STATUS_STOPPED
 
 
+@pytest.mark.fault("F6")
 def test_a_case_that_kills_its_actor_each_time_fails_alone(
     root: Root, pool_of: Callable[..., SegmentPool], cluster: Any
 ) -> None:
@@ -175,14 +178,14 @@ def test_a_pool_works_with_those_that_have_a_place_and_says_so(
     root: Root, pool_of: Callable[..., SegmentPool], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("vnet"), "propagate", True)
-    engines = Engines(segment_workers=3, segment_cpus=1, ray_wait_s=4.0)
-    names = [f"slow-{n}" for n in range(8)]
+    engines = Engines(segment_workers=3, segment_cpus=1, ray_wait_s=10.0)
+    names = [f"slow-{n}" for n in range(16)]
     with caplog.at_level(logging.WARNING, logger="vnet"):
         # both nodes together have two processors
         found = pool_of(engines).run(jobs(*names))
     assert states(found) == dict.fromkeys(names, ("computed",))
     assert "2 of 3 segmenting actors have a place" in caplog.text
-    assert "it asks for 1 CPU, 0 GPU, 1.0 GiB; nodes have: 1 CPU, 0 GPU, 4.0 GiB" in caplog.text
+    assert "it asks for 1 CPU, 0 GPU, 1.2 GiB; nodes have: 1 CPU, 0 GPU, 4.0 GiB" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -205,6 +208,7 @@ def test_actors_that_end_before_they_begin_are_not_started_for_ever(pool_of: Cal
     assert caught.value.code == "ray.actor-start"
 
 
+@pytest.mark.fault("F3")
 def test_the_death_of_a_node_moves_its_cases_to_the_others(
     root: Root, pool_of: Callable[..., SegmentPool], cluster: Any
 ) -> None:

@@ -95,6 +95,7 @@ def test_a_batch_of_three_on_two_workers_trains_as_on_one_and_is_judged_beside(r
     assert 0 < difference_to_one_process(root, model) < 1e-5
 
 
+@pytest.mark.fault("F28")
 def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(root):
     beside = Beside(root, "killed", lambda: workers()[0].kill())
     model = trained(root, "killed", ONE)
@@ -125,6 +126,7 @@ def test_a_worker_that_is_told_to_end_leaves_a_checkpoint_of_that_moment(root):
 
 
 @pytest.mark.faults
+@pytest.mark.fault("F28")
 def test_a_worker_that_hangs_is_found_by_the_others(root):
     beside = Beside(root, "hung", lambda: os.kill(workers()[-1].pid, signal.SIGSTOP))
     model = trained(root, "hung", replace(TWO, train_hang_s=15.0), steps=300)

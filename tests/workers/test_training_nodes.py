@@ -60,6 +60,7 @@ def kill(node: Any) -> None:
     raylet.process.kill()
 
 
+@pytest.mark.fault("F28")
 def test_a_lost_node_leaves_the_training_to_the_other(cluster, tmp_path):
     root = Root(tmp_path)
     second = cluster.add_node(num_cpus=1)
