@@ -115,7 +115,7 @@ def prepared(folder: Path, cases: int) -> Root:
 
 def publish_all(root: Root, example: Root) -> None:
     """Give every case of a root a result: the files of the example's only one under the key that a night looks for."""
-    (folder,) = example.folder.glob(f"results/{COHORT}/*/*")
+    (folder,) = example.home.glob(f"results/{COHORT}/*/*")
     model = load_model(root, MODEL)
     receipt = json.loads((folder / "receipt.json").read_bytes())
     for entry in load_entries(root, COHORT):

@@ -7,14 +7,15 @@ pytest_plugins = ["pytester"]
 
 TWO = """
 import pytest
-@pytest.mark.fault("F1", "F2")
+mark = pytest.mark.fault  # not as tests of the program name theirs
+@mark("F1", "F2")
 def test_seen(record_property):
     record_property("seen", "this")
     record_property("seconds", 2.5)
-@pytest.mark.fault("F2")
+@mark("F2")
 def test_left_out():
     pytest.skip("no tool")
-@pytest.mark.fault("F3")
+@mark("F3")
 def test_wrong():
     assert 1 == 2
 """
