@@ -87,7 +87,7 @@ def test_notice_of_a_preemption_is_answered_with_a_checkpoint(cluster, tmp_path)
     def take_away() -> None:
         until(lambda: checkpoints(root, "taken"), 240)
         client = ray._raylet.GcsClient(address=cluster.address)
-        # DRAIN_NODE_REASON_PREEMPTION, with the answer due within a minute and a half
+        # DRAIN_NODE_REASON_PREEMPTION, without a deadline: Ray then gives the group two minutes
         accepted, why = client.drain_node(second.node_id, 2, "spot", 0)
         assert accepted, why
         until(lambda: [step for step in checkpoints(root, "taken") if step % 200], 120)
