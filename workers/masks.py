@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from vnet_core.errors import ConfigError, ScanError, StorageError
+from vnet_core.errors import ConfigError, StorageError
 from vnet_core.geometry import Geometry, same_grid, to_canonical, world_mm
 from vnet_core.pictures import qc_picture
 from vnet_core.plan import Label, Plan
@@ -27,7 +27,7 @@ from vnet_core.sections import OutputPlan
 from vnet_core.spread import Spread
 from vnet_core.volume import Volume
 from workers.arrays import write_ome_labels
-from workers.cohort import Case, source_digest
+from workers.cohort import Case
 from workers.failpoints import fail_point
 from workers.reading import read_scan_apart
 from workers.scans import read_label, source_files, write_label
@@ -152,11 +152,6 @@ def _publish(root: Root, key: str, mask: Mask, geometry: Geometry, last_words: C
         found = measure_regions(mask.values, geometry, plan.labels, plan.regions)
         report["regions"] = report_rows(found, plan, mask.spread)
     scan = read_scan_apart(mask.case.channels[0], plan.reading)
-    if source_digest(mask.case.channels, plan.reading) != mask.case.digest:
-        raise ScanError(
-            "scan.changed",
-            "the file's bytes are no longer those that the volume was made of; run vnet ingest again",
-        )
     if not scan.burnt_in:
         root.put(f"{key}/qc.png", qc_picture(scan.volume.voxels[0], mask.values, geometry, plan.labels))
     report["drift"] = list(mask.drift)

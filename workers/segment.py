@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from vnet_core.errors import EngineError, MemoryLimitError, StorageError
+from vnet_core.errors import EngineError, MemoryLimitError, ScanError, StorageError
 from vnet_core.geometry import Shape
 from vnet_core.gpu_faults import sticky_fault
 from vnet_core.plan import Plan
 from workers.arrays import StoredArray, read_array
-from workers.cohort import Case, result_key, volume_geometry, volume_key
+from workers.cohort import Case, result_key, source_digest, volume_geometry, volume_key
 from workers.failpoints import fail_point
 from workers.leases import Claim, check
 from workers.ledger import Costs, Outcome, State, settle
@@ -117,6 +117,11 @@ class Segmenter:
                     large = self._in_portions(volume, f"{key}/portions", case, plan)
                 notes += [SMALLER_TILE] if large.smaller_tile else []
         fail_point("segment:computed")
+        if source_digest(case.channels, plan.reading) != case.digest:
+            raise ScanError(
+                "scan.changed",
+                "the file's bytes are no longer those that the volume was made of; run vnet ingest again",
+            )
         provenance: dict[str, Any] = {
             "cohort": job.cohort,
             "model": self.model.reference,

@@ -19,6 +19,7 @@ def test_idle_is_what_is_not_slept() -> None:
     assert found.cores == pytest.approx(0.2)
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path: Path) -> None:
     output = tmp_path / "result.md"
     options = ["--cases", "40", "--workers", "4", "--seconds", "0.1", "--output", str(output)]

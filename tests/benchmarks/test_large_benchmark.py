@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path):
     output = tmp_path / "result.md"
     command = [sys.executable, "-m", "benchmarks.large", "labels", "--shape", "40", "36", "44", "--scratch"]

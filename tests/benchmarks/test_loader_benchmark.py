@@ -12,6 +12,7 @@ from benchmarks.loader import SMALL, training
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path):
     output = tmp_path / "result.md"
     command = [sys.executable, "-m", "benchmarks.loader", "--small", "--seconds", "0.3", "--output", str(output)]

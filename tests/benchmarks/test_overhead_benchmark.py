@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path: Path) -> None:
     output = tmp_path / "result.md"
     command = [sys.executable, "-m", "benchmarks.overhead", "--cases", "3", "--once-more", "4", "--output", str(output)]

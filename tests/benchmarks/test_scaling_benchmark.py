@@ -18,6 +18,7 @@ def run(output: Path, *arguments: str) -> list[list[str]]:
     return [row for row in rows if row[0].isdigit()]
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path: Path) -> None:
     size = ["--pairs", "1", "--cases", "2", "--side", "16", "--handed-out", "400"]
     pair, few, many = run(tmp_path / "result.md", *size)

@@ -13,6 +13,8 @@ from benchmarks import step
 from tests.conftest import Walkthrough
 from tests.walkthrough import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 
 def bench(name: str, *arguments: str | Path) -> str:
     command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]

@@ -82,6 +82,7 @@ class Beside:
         self.acted = True
 
 
+@pytest.mark.slow
 def test_a_batch_of_three_on_two_workers_trains_as_on_one_and_is_judged_beside(root):
     told: list[Validation] = []
     model = trained(
