@@ -125,7 +125,7 @@ def test_what_is_kept_is_for_its_owner_alone(root, tmp_path):
     cohort_of(root, tmp_path)
     masks_of(root)
     correct(root, "liver", train(), corrected(tmp_path))
-    private = private_root(root).folder
+    private = private_root(root).home
     for path in [*(private / "corrections").rglob("*"), *(private / "training").rglob("*")]:
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
     assert [path.name for path in private.iterdir() if path.name.startswith(".")] == []
@@ -142,7 +142,7 @@ def test_only_what_a_person_has_corrected_or_confirmed_joins(root, tmp_path):
     training = training_manifest(root, "liver")
     assert training.cases == ("d",)
     assert [one.case for one in wanted(root, "liver")] == ["c"]
-    label = private_root(root).path("corrections/liver/d/mask.nii.gz")
+    label = private_root(root).home / "corrections/liver/d/mask.nii.gz"
     np.testing.assert_array_equal(read_label(label).labels, mask_values())
     # a later rejection takes the confirmation back
     decision = train("d")
@@ -223,7 +223,7 @@ def test_values_that_are_written_otherwise_come_back_as_the_plans(root, tmp_path
     values = np.zeros(GRID.shape, np.uint8)
     values[2, 2, 2], values[3, 3, 3] = 50, 2
     assert correct(root, "liver", train(), corrected(tmp_path, values)).voxels == {"grey": 1, "white": 1}
-    kept = read_label(private_root(root).path("corrections/liver/a/mask.nii.gz")).labels
+    kept = read_label(private_root(root).home / "corrections/liver/a/mask.nii.gz").labels
     assert (kept[2, 2, 2], kept[3, 3, 3], int(kept.sum())) == (2, 7, 9)
     assert confirm(root, "liver", train(as_is=True)).voxels == {"grey": 24, "white": 12}
 

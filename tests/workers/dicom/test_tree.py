@@ -110,9 +110,9 @@ def test_copies_count_once_and_stacks_in_folders_of_their_own_are_volumes(tmp_pa
     np.testing.assert_array_equal(values(series), voxels)
     other = write_series(tmp_path / "b", voxels_of(seed=9))
     first, second = scan_tree(tmp_path).volumes
-    assert (first.home, second.home) == (tmp_path / "a", tmp_path / "b")
+    assert (first.folder, second.folder) == (tmp_path / "a", tmp_path / "b")
     np.testing.assert_array_equal(values(second), other)
-    assert find_series(second.home, second.reference) == second
+    assert find_series(second.folder, second.reference) == second
 
 
 def test_the_deepest_folder_that_holds_every_file_is_the_source(tmp_path):
