@@ -106,7 +106,7 @@ def test_a_root_that_cannot_be_written_is_bad(tmp_path: Path) -> None:
 def test_little_space_is_told(tmp_path: Path) -> None:
     with tmpfs(tmp_path / "small", "size=1m") as small:
         assert states(doctor.storage(small))["free space"] == "bad"
-        assert doctor.shared_memory(str(small.folder)).state == "bad"
+        assert doctor.shared_memory(str(small.home)).state == "bad"
     assert doctor.graded("x", 1.5, (1, 2), "found", "do").state == "warning"
     assert doctor.graded("x", 2, (1, 2), "found", "do") == Check("x", "ok", "found")
 
