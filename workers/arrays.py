@@ -34,7 +34,7 @@ def write_arrays(root: Root, prefix: str, arrays: dict[str, np.ndarray], attribu
     """A Zarr group under ``prefix`` with arrays (..., Z, Y, X) and attributes; what was there is replaced."""
     root.delete(prefix)
     with root.room():
-        group = zarr.open_group(zarr_store(root), path=prefix, mode="w", zarr_format=3, attributes=attributes)
+        group = zarr.open_group(zarr_store(root, prefix), mode="w", zarr_format=3, attributes=attributes)
         for name, array in arrays.items():
             _write(group, name, array)
 
@@ -84,7 +84,7 @@ def read_array(root: Root, prefix: str, name: str) -> np.ndarray:
     """A whole array. StorageError ``store.corrupt`` when a chunk is missing or damaged."""
     try:
         # ours are of version 3: one of version 2 may name a codec that unpickles
-        array = zarr.open_array(zarr_store(root), path=f"{prefix}/{name}", mode="r", zarr_format=3)
+        array = zarr.open_array(zarr_store(root, f"{prefix}/{name}"), mode="r", zarr_format=3)
         shards = np.ndindex(*(-(-n // s) for n, s in zip(array.shape, array.shards or array.chunks, strict=True)))
         start = f"{prefix}/{name}/c/"
         there = {stored.key.removeprefix(start) for stored in root.walk(start.rstrip("/")) if stored.size}
@@ -151,14 +151,14 @@ def _ome_group(
     }
     root.delete(prefix)
     attributes: dict[str, Any] = {"ome": ome, "vnet": {"geometry": to_mapping(geometry)}}
-    return zarr.open_group(zarr_store(root), path=prefix, mode="w", zarr_format=3, attributes=attributes)
+    return zarr.open_group(zarr_store(root, prefix), mode="w", zarr_format=3, attributes=attributes)
 
 
-def zarr_store(root: Root) -> zarr.abc.store.Store:
-    """The root as Zarr sees it; arrays and groups are at the keys of the root."""
+def zarr_store(root: Root, prefix: str) -> zarr.abc.store.Store:
+    """What lies below a prefix as Zarr sees it. Of its own for each: Zarr would make groups of all that lies above."""
     if isinstance(root.place, Bucket):
-        return zarr.storage.ObjectStore(root.place.store)
-    return zarr.storage.LocalStore(root.home)
+        return zarr.storage.ObjectStore(root.place.below(prefix))
+    return zarr.storage.LocalStore(root.home / prefix)
 
 
 class StoredArray:
@@ -171,7 +171,7 @@ class StoredArray:
         """Open it. StorageError ``store.corrupt`` where it is damaged."""
         self.root, self.prefix, self.name = root, prefix, name
         try:
-            self._array = zarr.open_array(zarr_store(root), path=f"{prefix}/{name}", mode="r+", zarr_format=3)
+            self._array = zarr.open_array(zarr_store(root, f"{prefix}/{name}"), mode="r+", zarr_format=3)
         except (zarr.errors.BaseZarrError, FileNotFoundError, ValueError) as error:
             raise self._damaged(error) from error
 
@@ -224,6 +224,6 @@ def create_array(
     """An array without values at ``prefix``, what was there is replaced; ``chunk`` and ``shard`` along z, y, x."""
     parent, _, name = prefix.rpartition("/")
     root.delete(prefix)
-    group = zarr.open_group(zarr_store(root), path=parent, mode="a", zarr_format=3)
+    group = zarr.open_group(zarr_store(root, parent), mode="a", zarr_format=3)
     _create(group, name, shape, dtype, (chunk, shard))
     return StoredArray(root, parent, name)

@@ -51,6 +51,10 @@ class Bucket:
         """The connection, shared by all who use this place in this process."""
         return _connected(self.bucket, self.prefix)
 
+    def below(self, prefix: str) -> S3Store:
+        """A connection to what lies below a prefix of this place."""
+        return _connected(self.bucket, f"{self.prefix}/{prefix}".strip("/"))
+
     def put(self, key: str, content: bytes) -> None:
         import obstore
 
@@ -253,7 +257,7 @@ def _code(error: Exception) -> str:
     return "no connection" if "error sending request" in text else type(error).__name__
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _connected(bucket: str, prefix: str) -> S3Store:
     from obstore.auth.boto3 import Boto3CredentialProvider
     from obstore.store import S3Store

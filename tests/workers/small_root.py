@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 
 from tests.workers.known_model import known_network, known_plan
-from vnet_core.geometry import Geometry
+from vnet_core.geometry import Geometry, to_mapping
 from workers.arrays import write_arrays
 from workers.cohort import Case, Cohort, Entry, Verdict, result_key, save_cohort, save_entry, volume_key
 from workers.ledger import Outcome
@@ -63,7 +63,7 @@ def add_volume(root: Root, case: Case) -> str:
     key = volume_key(case, PLAN)
     image = np.arange(GRID.shape[0] * GRID.shape[1] * GRID.shape[2], dtype=np.float32).reshape(1, *GRID.shape)
     write_arrays(root, key, {"image": image}, {})
-    root.seal(key, {"stage": "preprocess", "case_digest": case.digest})
+    root.seal(key, {"stage": "preprocess", "case_digest": case.digest, "geometry": to_mapping(GRID)})
     return key
 
 

@@ -28,7 +28,7 @@ with suppress(VnetError):
     Segmenter('root', 'none', 1)""",
     "a training worker": """
 from contextlib import suppress
-from workers.training_loop import fit
+from workers.training_seats import fit
 from workers.training_run import Run
 with suppress(Exception):
     fit(Run('root', 'training/a/v1', {}, {}, {}, {}, [], None, []), None)""",

@@ -194,8 +194,9 @@ def test_the_shares_of_all_workers_are_the_batch_of_one(workers, plan):
 def test_positions_are_dealt_out_whole():
     shares = [list(Share(rank, 3).positions(6)) for rank in range(3)]
     assert shares == [[0, 3], [1, 4], [2, 5]]
+    assert [list(Share(rank, 3).positions(4)) for rank in range(3)] == [[0, 3], [1], [2]]
     with pytest.raises(AssertionError):
-        Share(0, 3).positions(4)
+        Share(0, 3).positions(2)
 
 
 def test_a_batch_depends_on_its_step_and_the_seed_alone():

@@ -202,7 +202,7 @@ def test_chunks_that_are_a_pickle(root: Root, sang: Path) -> None:
     resealed(root, key)
     assert error_of(lambda: read_array(root, key, "image")) == "store.corrupt"
     outcome = Segmenter(root.url, "organs@v1", 1).segment(Job(COHORT, add_case(root, "a"), "nifti"))
-    assert (outcome.state, outcome.codes) == ("failed", ("store.corrupt",))
+    assert (outcome.state, outcome.codes) == ("failed", ("segment.damaged-volume",))
     assert not sang.exists()
 
 

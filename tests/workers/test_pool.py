@@ -123,15 +123,16 @@ def test_actors_that_die_lose_their_gpu_or_hang_cost_no_case(
     root: Root, pool_of: Callable[..., SegmentPool], cluster: Any
 ) -> None:
     pool = pool_of(Engines(segment_workers=2, segment_cpus=1, ray_wait_s=60.0, case_limit_s=5.0))
-    names = ["die-a", "gpu-a", "hang-a", "sealed-a", *(f"plain-{n}" for n in range(12))]
+    names = ["die-a", "gpu-a", "hang-a", *(f"plain-{n}" for n in range(12))]
     heard: list[str] = []
     found = pool.run(jobs(*names), lambda outcome: heard.append(outcome.case))
     assert states(found) == dict.fromkeys(names, ("computed",))
     assert sorted(heard) == sorted(names), "each is told once"
-    assert runs(root, "sealed-a") == 1, "what is published is not done again"
-    assert [runs(root, name) for name in ("die-a", "gpu-a", "hang-a")] == [2, 2, 2]
-    # an actor that ends may take another case that would have ended it along
-    assert 2 <= pool.replaced <= 4
+    # an actor that ends may take another case along, of those that end one too
+    assert all(2 <= runs(root, name) <= 3 for name in ("die-a", "gpu-a", "hang-a"))
+    assert 2 <= pool.replaced <= 3
+    assert states(pool.run(jobs("sealed-a"))) == {"sealed-a": ("computed",)}
+    assert runs(root, "sealed-a") == 1, "what is published is not done again, though its actor died"
     # the stopped process is gone, not left behind
     stopped = [int(root.get(f"ran/hang-a/{name}")) for name in root.names("ran/hang-a")]
     until(lambda: not any(psutil.pid_exists(pid) and _is_stopped(pid) for pid in stopped), 30)
