@@ -17,6 +17,8 @@ from workers.retention import spares
 from workers.retention_rules import KEEP_EVERYTHING
 from workers.store import Root
 
+pytestmark = pytest.mark.slow
+
 
 def receipts(root: Root, cohort: str = "many") -> dict[str, Any]:
     """Receipts of finished results by case, without what the work took."""
@@ -84,7 +86,6 @@ learning_rate = 1e-3
 """
 
 
-@pytest.mark.slow
 def test_a_training_in_a_bucket_goes_on_where_it_was_killed(
     vnet, writable_store: ObjectStore, variables, walkthrough, tmp_path: Path
 ) -> None:

@@ -5,9 +5,13 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import Walkthrough
 from tests.walkthrough import environment
 from tests.workers.test_ingest import label, scan, spoil
+
+pytestmark = pytest.mark.slow
 
 
 def vnet(root: Path, *arguments: str) -> tuple[int, dict]:

@@ -23,6 +23,9 @@ from tests.walkthrough import environment
 from vnet_core.errors import EngineError
 from workers.clusters import processors
 
+pytestmark = pytest.mark.slow
+
+
 Start = Callable[..., Command]
 BIN = Path(sys.executable).parent
 SECRETS = (AUTH, AUTH.partition(":")[2], PASSWORD)
@@ -180,7 +183,6 @@ def test_a_night_reports_to_it_and_the_machines_of_dask_and_ray_need_no_word_of_
 # --- a work pool
 
 
-@pytest.mark.slow
 def test_a_worker_of_a_process_pool_does_a_run_that_was_asked_for(
     server: PrefectServer, root: Path, tmp_path: Path
 ) -> None:
@@ -222,7 +224,6 @@ def test_a_worker_of_a_process_pool_does_a_run_that_was_asked_for(
 # --- its death
 
 
-@pytest.mark.slow
 def test_a_night_whose_server_dies_ends_within_a_minute_and_the_next_one_finishes_it(
     vnet: Start, database: str, root: Path, tmp_path: Path
 ) -> None:
