@@ -97,6 +97,13 @@ class DaskExecutor(Executor):
 
         return isinstance(error, KilledWorker)
 
+    def is_gone(self, worker: Worker) -> bool:
+        """Whether the scheduler has no such worker."""
+        try:
+            return worker.name.partition(" ")[0] not in self._client.nthreads()
+        except (OSError, ValueError, AttributeError):
+            return False
+
     def memory_at_end(self, worker: Worker) -> int | None:
         """Bytes that a worker held when its nanny ended it for holding too many."""
         try:
