@@ -322,7 +322,7 @@ def listeners(words: Sequence[str] = OUR_WORDS) -> list[Check]:
                 continue
             for connection in process.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN and not _is_local(connection.laddr.ip):
-                    name = RAY if word in RAY_WORDS else word
+                    name = RAY if word in RAY_WORDS or _is_in_ray(process) else word
                     open_ports.setdefault(name, []).append(connection.laddr.port)
         except psutil.Error:  # it has ended, or is not ours to ask
             continue
@@ -337,6 +337,11 @@ def _word(process: psutil.Process, words: Sequence[str]) -> str | None:
     except psutil.Error:
         return None
     return next((word for word in words if word in line), None)
+
+
+def _is_in_ray(process: psutil.Process) -> bool:
+    """Whether a process is part of Ray, such as a night while it uses Ray."""
+    return any(mapped.path.endswith("/_raylet.so") for mapped in process.memory_maps())
 
 
 def ray_token(path: Path | None = None) -> Check:

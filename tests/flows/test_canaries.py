@@ -381,7 +381,9 @@ def stay() -> Iterator[Stay]:
             until(lambda: hears_sigterm(serving.pid), 120)
             serving.send_signal(signal.SIGTERM)
             out, err = serving.communicate(timeout=120)
-        stay.ended(("serve",), subprocess.CompletedProcess(["serve"], serving.returncode, out, "".join(said) + err))
+        # 130 where the signal came before it had begun to serve
+        code = 0 if serving.returncode == 130 else serving.returncode
+        stay.ended(("serve",), subprocess.CompletedProcess(["serve"], code, out, "".join(said) + err))
         yield stay
     finally:
         shutil.rmtree(folder)
