@@ -170,7 +170,8 @@ def _local(workers: int) -> Iterator[DaskExecutor]:
                 worker_dashboard_address=None,
                 # its HTTP server runs even so: at a free port, so that several commands run side by side
                 scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
-                silence_logs=logging.ERROR,
+                # a worker that is ended while it speaks to its scheduler says so with a traceback
+                silence_logs=logging.CRITICAL,
             ) as cluster,
             distributed.Client(cluster) as client,
         ):
