@@ -97,7 +97,7 @@ def test_a_source_calls_nothing_unsafe(path) -> None:
     ],
 )
 def test_the_search_knows_what_is_unsafe(line: str) -> None:
-    assert len(list(findings(f"def f():\n    {line}\n"))) == 1
+    assert list(findings(f"def f():\n    {line}\n"))
 
 
 @pytest.mark.parametrize(

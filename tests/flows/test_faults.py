@@ -141,6 +141,7 @@ def test_a_night_killed_and_interrupted_goes_on_to_the_same_bytes(vnet, many: Pa
 
 
 @pytest.mark.fault("F2", "F5")
+@pytest.mark.faults
 def test_a_dead_worker_of_dask_and_a_dead_actor_of_ray_lose_no_case(vnet, many: Path, undisturbed, tmp_path) -> None:
     root = copy(many, tmp_path / "vnet-data")
     had = volumes(root)
@@ -215,6 +216,7 @@ def largest_difference(first: dict[str, np.ndarray], second: dict[str, np.ndarra
 
 
 @pytest.mark.fault("F27")
+@pytest.mark.faults
 def test_a_killed_training_goes_on_from_its_checkpoint(vnet, training, whole_training: Path) -> None:
     root, arguments = training
     killed = vnet(*arguments, "--model", "killed", root=root)
