@@ -17,7 +17,7 @@ def read(command: Sequence[str]) -> None:
 
         parser().parse_args(arguments)
     elif program == "prefect":
-        from prefect.cli import app
+        from prefect.cli._app import _app as app
 
         app.parse_args(list(arguments), exit_on_error=False, print_error=False)
     elif program == "dask":

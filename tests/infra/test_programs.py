@@ -1,5 +1,6 @@
 """That the reader of commands refuses what the programs would."""
 
+import click
 import pytest
 from cyclopts import CycloptsError
 
@@ -8,8 +9,8 @@ from tests.infra.programs import read
 WRONG = {
     "vnet serve --prot 4200": SystemExit,
     "prefect server start --prot 4200": CycloptsError,
-    "dask scheduler --prot 8786": AssertionError,
-    "dask worker --memroy-limit 1GB": AssertionError,
+    "dask scheduler --prot 8786": click.UsageError,
+    "dask worker --memroy-limit 1GB": click.UsageError,
     "ray start --hed": Exception,
     "nginx": AssertionError,
 }
