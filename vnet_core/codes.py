@@ -201,7 +201,7 @@ _REFUSED: dict[str, tuple[str, str]] = {
     "label.dtype": ("A label map to be written has a type that masks do not have.", "Convert it to uint8 or uint16."),
     "label.no-mask": ("The scan has no organ mask of its name.", "Add the mask, or drop --inside."),
     # --- archives and buckets
-    "source.unsafe": (
+    "scan.unsafe-name": (
         "Objects of a source in a bucket have names that are no path below a folder.",
         "Rename them, or give a prefix without them.",
     ),

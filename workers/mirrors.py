@@ -39,7 +39,7 @@ def mirror_key(source: str) -> str:
 def listed(source: str) -> list[Stored]:
     """What lies at or below a source, by key below it; an object of that very name has its own name.
 
-    StorageError as for a root; ScanError ``source.unsafe`` for a name that is no path below a folder.
+    StorageError as for a root; ScanError ``scan.unsafe-name`` for a name that is no path below a folder.
     """
     _, start, found = _look(source)
     return [Stored(stored.key.removeprefix(start), stored.size, stored.modified) for stored in found]
@@ -75,7 +75,7 @@ def _look(source: str) -> tuple[Bucket, str, list[Stored]]:
     unsafe = [stored for stored in found if not _is_safe(stored.key.removeprefix(start))]
     if unsafe:
         raise ScanError(
-            "source.unsafe",
+            "scan.unsafe-name",
             f"{len(unsafe)} of {len(found)} objects of the source have names that are no path below a folder, with"
             f" empty or dotted parts or over {_NAME_BYTES} bytes; rename them",
         )
