@@ -49,6 +49,7 @@ def folded(root: Path) -> dict[str, Any]:
     return train(root, "--model", "folded", "--folds", "2", "--steps", "60")
 
 
+@pytest.mark.slow
 def test_folds_become_one_model_that_was_judged_on_every_case(root: Path, folded: dict[str, Any]) -> None:
     assert folded["training"]["folds"] == 2
     model = load_model(Root(str(root)), "folded")
@@ -66,6 +67,7 @@ def test_folds_become_one_model_that_was_judged_on_every_case(root: Path, folded
     assert {cleaning.label for cleaning in model.plan.inference.cleaning} <= {la.value for la in model.plan.labels}
 
 
+@pytest.mark.slow
 def test_a_model_of_several_networks_segments(root: Path, folded: dict[str, Any]) -> None:
     done = run("segment", "--cohort", "tonight", "--model", "folded", "--json", root=root)
     assert done.code in (0, 3), done.err
@@ -73,6 +75,7 @@ def test_a_model_of_several_networks_segments(root: Path, folded: dict[str, Any]
     assert "computed" in states
 
 
+@pytest.mark.slow
 def test_folds_go_on_where_they_stood(root: Path, folded: dict[str, Any]) -> None:
     # the second fold's last figures and the bundle are lost: nothing but that is made again
     store = Root(str(root))
