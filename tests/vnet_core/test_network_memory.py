@@ -93,17 +93,22 @@ def measured(cases):
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+def here(cases):
+    """The cases that this processor computes in its own arithmetic."""
+    return [case for case in cases if NATIVE or not case["bfloat16"]]
+
+
 TRAININGS = [
     {"network": SMALL, "bfloat16": False},
-    {"network": {**SMALL, "normalisation": "instance"}, "bfloat16": NATIVE, "batch": 2},
-    {"network": {**SMALL, "normalisation": "batch", "activation": "relu"}, "bfloat16": NATIVE, "batch": 2},
+    {"network": {**SMALL, "normalisation": "instance"}, "bfloat16": True, "batch": 2},
+    {"network": {**SMALL, "normalisation": "batch", "activation": "relu"}, "bfloat16": True, "batch": 2},
     {"network": {**SMALL, "normalisation": "batch", "residual": "activated", "dropout": 0.2}, "bfloat16": False},
     {
         "network": {**SMALL, "preset": "vnet-tf", "dropout": 0.2, "dropout_at": "activations"},
         "bfloat16": False,
         "channels": 2,
     },
-    {"network": {**SMALL, "preset": "compact"}, "bfloat16": NATIVE, "outputs": 4, "batch": 2},
+    {"network": {**SMALL, "preset": "compact"}, "bfloat16": True, "outputs": 4, "batch": 2},
     {
         "network": {**SMALL, "preset": "compact", "deep_supervision": "auxiliary", "upsampling": "linear"},
         "bfloat16": False,
@@ -112,22 +117,24 @@ TRAININGS = [
 ]
 
 
+@pytest.mark.slow
 def test_measured_peak_of_a_training_step_is_within_the_prediction():
-    for result in measured([{"work": "train", "shape": [96, 96, 96], **case} for case in TRAININGS]):
+    for result in measured([{"work": "train", "shape": [96, 96, 96], **case} for case in here(TRAININGS)]):
         assert result["peak"] / NOISE <= result["predicted"] <= 1.7 * result["peak"], result
 
 
 PASSES = [
-    {"network": {**SMALL, "width": 16, "residual": "projected", "normalisation": "batch"}, "bfloat16": NATIVE},
+    {"network": {**SMALL, "width": 16, "residual": "projected", "normalisation": "batch"}, "bfloat16": True},
     {"network": {**SMALL, "width": 16, "upsampling": "nearest", "downsampling": "maximum"}, "bfloat16": False},
     {"network": {**SMALL, "preset": "vnet-tf", "width": 16}, "bfloat16": False, "channels": 3},
-    {"network": {**SMALL, "preset": "compact", "width": 24}, "bfloat16": NATIVE, "outputs": 20},
+    {"network": {**SMALL, "preset": "compact", "width": 24}, "bfloat16": True, "outputs": 20},
     {"network": {**SMALL, "width": 16, "head_kernel_size": 5, "residual": "activated"}, "bfloat16": False},
 ]
 
 
+@pytest.mark.slow
 def test_measured_peak_of_a_pass_is_within_the_prediction():
-    for result in measured([{"work": "infer", "shape": [128, 128, 128], **case} for case in PASSES]):
+    for result in measured([{"work": "infer", "shape": [128, 128, 128], **case} for case in here(PASSES)]):
         assert result["peak"] / NOISE <= result["predicted"] <= 1.7 * result["peak"], result
 
 
