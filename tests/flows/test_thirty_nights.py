@@ -5,10 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.flows.nights_of_a_month import DEADLINE, KILLED, NIGHTS, PROMOTED, ROLLED_BACK
 from tests.walkthrough import REPOSITORY, environment
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_no_case_is_lost_doubled_or_computed_without_need(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.flows.nights_of_a_month", str(tmp_path)]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=500)

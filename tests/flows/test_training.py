@@ -88,6 +88,7 @@ def test_folds_go_on_where_they_stood(root: Path, folded: dict[str, Any]) -> Non
     assert file_of(store, "training/folded/v1/fold-0/fitted/receipt.json").stat().st_mtime_ns == first
 
 
+@pytest.mark.slow
 def test_a_training_is_judged_while_it_goes_on(root: Path) -> None:
     plan = root.parent / "judged.toml"
     plan.write_text(f'{PLAN}full_validation_every = 4\npublish = "best"\n')
@@ -102,6 +103,7 @@ def test_a_training_is_judged_while_it_goes_on(root: Path) -> None:
     assert facts["training"]["attempts"] == [{"from_step": 0, "workers": 1, "after": ""}]
 
 
+@pytest.mark.slow
 def test_a_training_that_starts_from_a_model(root: Path) -> None:
     first = train(root, "--model", "first", "--steps", "10")
     second = train(root, "--model", "second", "--from", "first", "--steps", "1")
