@@ -32,7 +32,7 @@ from vnet_core.networks.vnet import build_vnet
 from vnet_core.plan import Plan
 from vnet_core.portions import whole_bytes
 from workers.arrays import SHARD_EDGE, create_array
-from workers.cohort import Case, volume_key
+from workers.cohort import Case, source_digest, volume_key
 from workers.large import Work  # noqa: F401  a library of the process's start
 from workers.models import Target, load_model, publish
 from workers.scans import bring_in_readers, write_label
@@ -103,16 +103,21 @@ class Scan:
             yield (1000 + 300 * waves((z, 0, 0), (1, *self.shape[1:]))[0]).astype(self.dtype)
 
 
-def prepared(root: Root, folder: Path, setting: Setting) -> Case:
+def case_of(folder: Path, setting: Setting) -> Case:
+    """The scan that lies in the folder."""
+    scan = str(folder / "scan.nii")
+    return Case("one", (scan,), digest=source_digest((scan,)), geometry=setting.scan)
+
+
+def prepared(root: Root, folder: Path, setting: Setting) -> None:
     """A root with the model and the preprocessed volume of a case, none of it held whole."""
     plan = plan_of(setting)
     torch.manual_seed(0)
     weights = safetensors.torch.save(build_vnet(plan.network, 1, plan.outputs).state_dict())
     publish(root, Target(MODEL, "v1", plan), [weights], {}, {})
     write_label(folder / "scan.nii", Scan(setting.scan.shape), setting.scan)
-    case = Case("one", (str(folder / "scan.nii"),), digest="waves", geometry=setting.scan)
     grid = resampled(setting.scan, setting.spacing_mm)
-    key = volume_key(case, plan)
+    key = volume_key(case_of(folder, setting), plan)
     edges = [min(SHARD_EDGE, -(-n // 32) * 32) for n in grid.shape]
     shard: Shape = (edges[0], edges[1], edges[2])
     stored = create_array(root, f"{key}/image", (1, *grid.shape), np.dtype(np.float32), (32, 32, 32), shard)
@@ -122,7 +127,6 @@ def prepared(root: Root, folder: Path, setting: Setting) -> Case:
         region = [slice(c, c + n) for c, n in zip(corner, size, strict=True)]
         stored.write(waves(corner, size)[None], slice(None), *region)
     root.seal(key, {"stage": "preprocess", "geometry": to_mapping(grid)})
-    return case
 
 
 def peak_bytes() -> int:
@@ -203,8 +207,7 @@ def main() -> None:
     if arguments.child:
         request = json.loads(arguments.child)
         setting, folder = with_shape(SETTINGS[request["setting"]], request["shape"]), Path(request["folder"])
-        case = Case("one", (str(folder / "scan.nii"),), digest="waves", geometry=setting.scan)
-        print(json.dumps(segment_here(Root(folder / "root").url, case)))
+        print(json.dumps(segment_here(Root(folder / "root").url, case_of(folder, setting))))
         return
     setting = with_shape(SETTINGS[arguments.setting], arguments.shape)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
