@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flows.markdown import NO_PICTURE
-from vnet_core.decide import structures
 from vnet_core.plan import Plan
+from vnet_core.structures import structures
 from workers import markdown
-from workers.full_validation import Validation, validations
 from workers.harmless import one_line
 from workers.store import Root
 from workers.story import NOTICE, Row
 from workers.training_run import Run
+from workers.validations import Validation, validations
 
 TABLE_ROWS = 2_000
 """Most rows of a table artifact; the Parquet file has all."""

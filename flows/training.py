@@ -23,12 +23,12 @@ from flows.tasks import Progress
 from workers import train as train_stage
 from workers.clusters import Engines, ray_session
 from workers.cohort import load_cohort, load_entries
-from workers.full_validation import Validation
 from workers.harmless import one_line
 from workers.models import Model
 from workers.store import Root
 from workers.train import Training, Watch
 from workers.training_run import Budget, Run, TrainingProgress
+from workers.validations import Validation
 
 ModelName = Annotated[str, Field(min_length=1)]
 

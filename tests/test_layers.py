@@ -16,7 +16,7 @@ PACKAGES = ("vnet_core", "workers", "flows")
 RANKS = (
     ("errors", "gpu_faults"),
     ("geometry", "volume", "sections", "plan", "blocks"),
-    ("decide", "resample", "straighten"),
+    ("structures", "decide", "resample", "straighten"),
     (
         "preprocess",
         "bias",
@@ -321,6 +321,7 @@ def test_importing_our_modules_changes_nothing_but_their_being_imported():
         ("vnet_core.preprocess", ["ray", "dask", "distributed", "prefect", "zarr", "matplotlib"]),
         ("workers.clusters", ["torch", "ray", "dask", "distributed", "prefect"]),
         ("workers.dask_engine", ["torch", "ray", "dask", "distributed", "prefect"]),
+        ("flows.cohorts", ["torch", "ray", "dask", "distributed", "SimpleITK"]),
         ("flows.cli", ["torch", "ray", "dask", "distributed", "prefect", "zarr"]),
     ],
 )

@@ -1,18 +1,18 @@
-"""From the outputs of a network to classes, and which structures the classes make up.
+"""From the outputs of a network to classes.
 
 K output, Z Y X voxels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vnet_core.plan import Plan
+from vnet_core.structures import class_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,29 +55,3 @@ def most_probable(classes: int) -> Decision:
     """The class with the largest softmax probability, of equal ones the first."""
     # on a processor max is ten times as fast as argmax along the first axis
     return Decision(classes, lambda logits: torch.softmax(logits, dim=0), lambda probability: probability.max(0)[1])
-
-
-@dataclass(frozen=True, slots=True)
-class Structure:
-    """Something that a training is judged by."""
-
-    name: str
-    classes: tuple[int, ...]
-    """The class indices that it is made of."""
-
-    def mask(self, classes_ZYX: np.ndarray) -> np.ndarray:
-        """Where it is, bool (Z, Y, X)."""
-        if len(self.classes) == 1:
-            return classes_ZYX == self.classes[0]
-        return np.isin(classes_ZYX, self.classes)
-
-
-def structures(plan: Plan) -> tuple[Structure, ...]:
-    """The regions of a plan, or its labels where it has none."""
-    index = class_of(plan)
-    return tuple(Structure(region.name, tuple(index[v] for v in region.values)) for region in plan.told_regions)
-
-
-def class_of(plan: Plan) -> Mapping[int, int]:
-    """Class index of every label value."""
-    return {label.value: number for number, label in enumerate(plan.labels, 1)}

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from vnet_core.curves import curve_picture
-from vnet_core.decide import structures
 from vnet_core.plan import Plan
 from vnet_core.postprocess import choose
 from vnet_core.sections import Cleaning
-from workers.full_validation import best, snapshot_weights, validations
+from vnet_core.structures import structures
 from workers.harmless import sheet_cell
 from workers.models import Model, Target, publish
 from workers.profiles import training_profile
 from workers.store import Root
 from workers.training_run import Run
+from workers.validations import best, snapshot_weights, validations
 
 NOTED = ("steps", "minutes", "workers", "attempts", "precision", "parameters", "torch", "platform", "loader_wait_share")
 """Facts of a fitted network that its model keeps as they are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors
@@ -17,6 +18,11 @@ Parts = dict[str, dict[str, torch.Tensor]]
 """Tensors by name, in named parts."""
 
 
+def as_safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Tensors, wherever they are, as the bytes of a safetensors file."""
+    return safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+
+
 def save_checkpoint(
     root: Root, prefix: str, parts: Parts, optimiser: torch.optim.Optimizer, facts: dict[str, Any]
 ) -> None:
@@ -25,8 +31,7 @@ def save_checkpoint(
     for index, values in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{k}": v for k, v in values.items() if isinstance(v, torch.Tensor)}
     target = f"{prefix}/checkpoints/{facts['step']:09d}"
-    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    root.put(f"{target}/state.safetensors", safetensors.torch.save(contiguous))
+    root.put(f"{target}/state.safetensors", as_safetensors(tensors))
     root.put_json(f"{target}/state.json", facts)
     root.seal(target, {"stage": "train", "step": facts["step"]})
     for old in root.names(f"{prefix}/checkpoints")[:-CHECKPOINTS_KEPT]:

@@ -16,12 +16,10 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.distributed
 from torch import nn
 
-from vnet_core.decide import structures
 from vnet_core.errors import TrainingError
 from vnet_core.fitting import StepSettings, WeightAverage, build_optimiser, learning_rate_factor, train_step
 from vnet_core.inference import precision
@@ -30,14 +28,15 @@ from vnet_core.networks.vnet import build_vnet, count_parameters, initialise
 from vnet_core.plan import Plan
 from vnet_core.postprocess import score_candidates
 from vnet_core.sections import Cleaning
-from workers.checkpoints import load_checkpoint, save_checkpoint
-from workers.full_validation import leave_snapshot
+from vnet_core.structures import structures
+from workers.checkpoints import as_safetensors, load_checkpoint, save_checkpoint
+from workers.judge import Judge, dice_row
 from workers.models import load_model, load_networks
 from workers.patches import BatchLoader, Share, TrainingVolume, load_volume
 from workers.store import Root
 from workers.training_attempts import attempts, begin_attempt, note_loss
 from workers.training_run import Budget, Run, TrainingProgress
-from workers.validation import Judge, dice_row, means
+from workers.validations import leave_snapshot, means
 
 VALIDATIONS = 10
 """Validations over the whole budget; a checkpoint is written with each."""
@@ -165,7 +164,8 @@ class Worker:
                 if turn.validate:
                     self._validate(validation, clock)
                 if self.leads and turn.progress < 1 and self._snapshot_due():
-                    leave_snapshot(self.root, self.run, self.state.step, clock.seconds / 60, self.average.state)
+                    weights = as_safetensors(self.average.state)
+                    leave_snapshot(self.root, self.run, self.state.step, clock.seconds / 60, weights)
                 if turn.save:
                     self._save_checkpoint(clock.seconds)
                     checkpointed = clock.seconds
@@ -344,8 +344,8 @@ class Worker:
     def _leave(self, seconds: float, waited_seconds: float, scores: dict[str, list[Any]]) -> None:
         """The weights and figures that a model is made of, sealed."""
         best = self.plan.training.publish == "best" and self.best
-        weights = {k: v.contiguous().cpu() for k, v in (self.best if best else self.average.state).items()}
-        self.root.put(f"{self.run.fitted}/weights.safetensors", safetensors.torch.save(weights))
+        weights = as_safetensors(self.best if best else self.average.state)
+        self.root.put(f"{self.run.fitted}/weights.safetensors", weights)
         facts = {
             "dice": self.state.dice,
             "best_dice": self.state.best_dice if self.state.dice else None,

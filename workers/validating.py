@@ -9,17 +9,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 from workers.clusters import Engines
-from workers.full_validation import (
-    NICENESS,
-    Validation,
-    keep_the_best,
-    load_validation,
-    note_failure,
-    validate,
-    waiting,
-)
+from workers.full_validation import NICENESS, validate
 from workers.store import Root
 from workers.training_run import Run
+from workers.validations import Validation, keep_the_best, load_validation, note_failure, waiting
 
 LOOK_SECONDS = 1.0
 """How often it is looked for new snapshots."""

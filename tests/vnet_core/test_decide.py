@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vnet_core.decide import decision, structures
+from vnet_core.decide import decision
 from vnet_core.plan import Plan
+from vnet_core.structures import structures
 
 GLIOMA = Plan.from_mapping(
     {

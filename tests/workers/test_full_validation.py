@@ -13,21 +13,21 @@ from PIL import Image
 from tests.workers.ball_cohort import ball_entries, ball_plan
 from workers.bundle import publish_fitted
 from workers.cohort import volume_key
-from workers.full_validation import (
-    Validation,
-    best,
-    keep_the_best,
-    note_failure,
-    snapshot_weights,
-    validate,
-    validations,
-    waiting,
-)
+from workers.full_validation import validate
 from workers.models import Target
 from workers.store import Root
 from workers.training_run import Budget, Run
 from workers.training_seats import fit_alone
-from workers.validation import means
+from workers.validations import (
+    Validation,
+    best,
+    keep_the_best,
+    means,
+    note_failure,
+    snapshot_weights,
+    validations,
+    waiting,
+)
 
 PLAN = ball_plan(full_validation_every=10, learning_rate=0.02, publish="best")
 

@@ -17,12 +17,12 @@ import torch
 from tests.workers.ball_cohort import ball_entries, ball_plan
 from vnet_core.errors import TrainingError
 from workers.clusters import Engines, ray_session
-from workers.full_validation import Validation
 from workers.models import Model
 from workers.store import Root
 from workers.train import UNWATCHED, Training, Watch, resume, train
 from workers.training_run import Budget, Run
 from workers.training_seats import fit_alone
+from workers.validations import Validation
 
 ONE, TWO = Engines(cpus=1), Engines(cpus=2, train_workers=2)
 STEPS = 200

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from vnet_core.decide import Structure, decision
+from vnet_core.decide import decision
 from vnet_core.inference import predict_logits, prepare
 from vnet_core.metrics import dice
 from vnet_core.networks.vnet import build_vnet
 from vnet_core.plan import Plan
+from vnet_core.structures import Structure
 from workers.patches import TrainingVolume
 
 
@@ -37,9 +38,3 @@ def dice_row(found: np.ndarray, known: np.ndarray, structures: Sequence[Structur
     """Dice of each structure in class indices (Z, Y, X); None where it is absent from both."""
     scores = (dice(structure.mask(found), structure.mask(known)) for structure in structures)
     return [None if math.isnan(score) else score for score in scores]
-
-
-def means(case_dice: Mapping[str, Sequence[float | None]]) -> list[float] | None:
-    """Mean Dice of each structure over the cases that have it; None where one of them is in no case."""
-    columns = [[score for score in column if score is not None] for column in zip(*case_dice.values(), strict=True)]
-    return [sum(column) / len(column) for column in columns] if columns and all(columns) else None
