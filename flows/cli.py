@@ -22,16 +22,15 @@ from typing import Any
 
 from flows.commands import COMMANDS
 from flows.commands.command import Needs, Result
-from flows.server import check_api, local_api, prefect_environment
+from flows.prefect_api import check_api
+from flows.prefect_settings import prefect_environment
+from flows.server import local_api
 from flows.session import ROOT_VARIABLE, SITE_VARIABLE, open_session
 from vnet_core.errors import ConfigError, EngineError, MemoryLimitError, StorageError, VnetError
 from workers.harmless import printable
 from workers.ledger import nameless
 from workers.machine import check_machine
 from workers.modes import for_the_owner_alone
-
-API_TIMEOUT_S = 10.0
-"""How long an API that is named may take to answer."""
 
 OK, USAGE, PARTLY, NONE, INTERRUPTED = 0, 2, 3, 4, 130
 
@@ -166,7 +165,7 @@ def _environment(options: argparse.Namespace) -> Iterator[Callable[[], None]]:
         check_machine()
     if needed != "api" or url:
         if url and needed == "api":
-            check_api(url, API_TIMEOUT_S)
+            check_api(url)
         yield lambda: None
         return
     with local_api(home) as api:

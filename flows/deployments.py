@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from flows.automations import TAG, Change, apply, notification_block, save_block, wanted
-from flows.server import HEARTBEAT_S, check_api, running_server, start_server
+from flows.prefect_api import check_api
+from flows.prefect_settings import HEARTBEAT_S
+from flows.server import running_server, start_server
 from flows.serving import serve_until_stopped
 from flows.session import Session
 from flows.starting import start_night
@@ -49,8 +51,6 @@ FORMS = (
     "flows.reporting.report_night_anew",
 )
 """Flows that people start from a form, by the names under which runs import them."""
-API_TIMEOUT_S = 10.0
-"""How long a server that is named may take to answer."""
 
 
 def serve(session: Session, schedules: Sequence[Nightly], port: int | None) -> None:
@@ -85,7 +85,7 @@ def deploy(session: Session, api_url: str | None, work_pool: str | None) -> dict
         raise ConfigError(
             "prefect.no-api", "no Prefect server is named and none runs on this root; give --api or PREFECT_API_URL"
         )
-    check_api(url, API_TIMEOUT_S)
+    check_api(url)
     with _client(url) as client:
         from prefect.deployments.runner import DeploymentApplyError
         from prefect.exceptions import ObjectNotFound, PrefectException
@@ -132,7 +132,7 @@ def _client(api_url: str) -> SyncPrefectClient:
 
 
 def _serve(session: Session, nightlies: Sequence[Nightly], api_url: str) -> None:
-    check_api(api_url, API_TIMEOUT_S)
+    check_api(api_url)
     with _client(api_url) as client:
         changes = publish(client, session, nightlies)
         caught_up = catch_up(client, session.root, nightlies, session.site.timezone, session.clock())

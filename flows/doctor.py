@@ -8,8 +8,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from flows.automations import wanted
+from flows.prefect_api import check_api
 from flows.pruning import client_of
-from flows.server import check_api, running_server
+from flows.server import running_server
 from flows.timetable import check_schedules, without_success
 from vnet_core.errors import ConfigError
 from workers.doctor import Check, examine, examined
@@ -19,9 +20,6 @@ from workers.store import Root
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
-
-API_TIMEOUT_S = 10.0
-"""How long the Prefect API may take to answer."""
 
 
 def diagnose(root_url: str | None, site_file: str | None, now: datetime) -> list[Check]:
@@ -67,7 +65,7 @@ def prefect(root: Root, site: Site) -> Iterator[Check]:
         found = "no server runs on this root; commands start one of their own"
         yield Check("prefect", "warning" if remedy else "ok", found, remedy)
         return
-    check_api(url, API_TIMEOUT_S)
+    check_api(url)
     with client_of(url) as client:
         version = client.api_version()
         same = version == installed.__version__

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from flows.server import post
+from flows.prefect_api import post
 
 if TYPE_CHECKING:
     from uuid import UUID

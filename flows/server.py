@@ -9,9 +9,7 @@ and the server stops. A small record in ``home/servers`` says which process serv
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import http.client
 import json
 import logging
 import os
@@ -19,86 +17,22 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import BinaryIO
 
 import psutil
 
+from flows.prefect_api import is_healthy, post
+from flows.prefect_settings import DATABASE_ELSEWHERE, HOST, server_environment
 from vnet_core.errors import EngineError, StorageError
-from workers.modes import for_the_owner_alone
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-HOST = "127.0.0.1"
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
-HEALTH_TIMEOUT_S = 2.0
-REQUEST_TIMEOUT_S = 30.0
-UNAUTHORIZED = 401
-DATABASE_ELSEWHERE = (
-    "PREFECT_API_DATABASE_CONNECTION_URL",
-    "PREFECT_SERVER_DATABASE_CONNECTION_URL",
-    "PREFECT_API_DATABASE_HOST",
-    "PREFECT_SERVER_DATABASE_HOST",
-)
-"""Variables of which one is set when a server's database is not the file in its home, such as in PostgreSQL."""
-HEARTBEAT_S = 30
-"""How often a run tells the server that it lives; Prefect allows no shorter pause."""
-UI_POLICY = "; ".join(
-    (
-        "default-src 'self'",
-        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
-        "style-src 'self' 'unsafe-inline'",
-        "img-src 'self' data: blob:",
-        "font-src 'self' data:",
-        "worker-src 'self' blob:",
-        "connect-src 'self' ws://127.0.0.1:* ws://localhost:*",
-        "frame-ancestors 'none'",
-    )
-)
-"""Content security policy of every page: the UI talks to its own server only. Without it Prefect's UI asks a
-statistics service for its configuration at each start, whatever the settings say."""
 ORPHANED = "Its process ended before it could report. Run it again: what it had finished is kept."
-
-
-def prefect_environment(home: Path) -> dict[str, str]:
-    """Variables for a process that imports Prefect, with its database and logs in ``home``.
-
-    What the user has set himself is left out, so that the result can go straight into ``os.environ``. Nothing calls
-    home, no server starts by itself, and 127.0.0.1 is reached without the proxy.
-    """
-    wanted = {
-        "PREFECT_HOME": str(home.absolute()),
-        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
-        # a run whose server has died ends within a minute; five, the default, take that long for every call
-        "PREFECT_CLIENT_MAX_RETRIES": "2",
-        # a run asked for in the UI starts within two seconds, not ten
-        "PREFECT_RUNNER_POLL_FREQUENCY": "2",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
-        # what became of a case is in the storage root; a result that Prefect kept would be a pickle
-        "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
-        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
-        # progress is the command line's business; the UI still has every line
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
-    }
-    missing = {name: value for name, value in wanted.items() if name not in os.environ}
-    for name in ("NO_PROXY", "no_proxy"):
-        hosts = [host for host in os.environ.get(name, "").split(",") if host]
-        if "*" not in hosts:
-            missing[name] = ",".join(dict.fromkeys([*hosts, HOST, "localhost"]))
-    return missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +69,13 @@ class ServerProcess:
         """Whether the process still runs."""
         return self._process.poll() is None
 
-    def wait_until_healthy(self) -> None:
+    def wait_untilis_healthy(self) -> None:
         """Return once the API answers.
 
         Raises EngineError ``prefect.server-start`` with the end of the log when the process ends first, or after 60 s.
         """
         end = time.monotonic() + START_TIMEOUT_S
-        while not _healthy(self.url):
+        while not is_healthy(self.url):
             if not self.alive or time.monotonic() > end:
                 why = "took longer than 60 s to start" if self.alive else f"ended with {self._process.returncode}"
                 raise EngineError(
@@ -180,7 +114,7 @@ class ServerProcess:
 def running_server(home: Path) -> str | None:
     """API address of a live server with a UI on this home, asked over HTTP within 2 s; None when there is none."""
     for record in _records(home):
-        if record.has_ui and _healthy(record.url):
+        if record.has_ui and is_healthy(record.url):
             return f"{record.url}/api"
     return None
 
@@ -192,7 +126,7 @@ def start_server(home: Path, port: int) -> ServerProcess:
     """
     server = _launch(home, port, with_ui=True)
     try:
-        server.wait_until_healthy()
+        server.wait_untilis_healthy()
         _close_orphans(server, home)
     except BaseException:
         server.stop()
@@ -212,7 +146,7 @@ class LocalApi:
     def wait_until_ready(self) -> None:
         """Return once the API answers; EngineError ``prefect.server-start`` when it cannot."""
         if self.server is not None:
-            self.server.wait_until_healthy()
+            self.server.wait_untilis_healthy()
             _close_orphans(self.server, self.home)
 
 
@@ -235,68 +169,6 @@ def local_api(home: Path) -> Iterator[LocalApi]:
             _send_what_is_left()
 
 
-def check_api(url: str, timeout_s: float) -> None:
-    """Return when a Prefect API answers at ``url`` (it ends in ``/api``) within ``timeout_s``, and answers us.
-
-    Raises EngineError ``prefect.unreachable`` naming the address, and ``prefect.refused`` when it wants another
-    PREFECT_API_AUTH_STRING.
-    """
-    answer: Future[bytes] = Future()
-
-    def ask() -> None:
-        try:
-            health = _read(f"{url.rstrip('/')}/health", timeout_s)
-            if health == b"true":
-                # the one question that it answers everybody is how it does
-                _read(f"{url.rstrip('/')}/admin/version", timeout_s)
-            answer.set_result(health)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            answer.set_exception(error)
-
-    # looking up a name has no time limit of its own, so the whole question gets a thread
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        if answer.result(timeout_s) == b"true":
-            return
-        reason = "what answers there is no Prefect API"
-    except TimeoutError:
-        reason = f"no answer within {timeout_s:g} s"
-    except urllib.error.HTTPError as error:
-        if error.code == UNAUTHORIZED:
-            raise _refused(url) from None
-        reason = str(error)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = str(getattr(error, "reason", error))
-    raise EngineError(
-        "prefect.unreachable",
-        f"the Prefect API at {url} does not answer ({reason}); start it, correct PREFECT_API_URL or the site file"
-        " (the address ends in /api), or leave it out to use this machine",
-    )
-
-
-def _read(url: str, timeout_s: float) -> bytes:
-    """The first bytes that a GET is answered with."""
-    # whoever runs the program names the address
-    request = urllib.request.Request(url, headers=_authorization())  # noqa: S310
-    with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310
-        return bytes(response.read(64))
-
-
-def _authorization() -> dict[str, str]:
-    """The header that names this process to an API with authentication; none without PREFECT_API_AUTH_STRING."""
-    secret = os.environ.get("PREFECT_API_AUTH_STRING")
-    return {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"} if secret else {}
-
-
-def _refused(url: str) -> EngineError:
-    given = "the PREFECT_API_AUTH_STRING of this process" if _authorization() else "requests without a login"
-    return EngineError(
-        "prefect.refused",
-        f"the Prefect API at {url} refuses {given}; set PREFECT_API_AUTH_STRING to what the server has in"
-        " PREFECT_SERVER_API_AUTH_STRING",
-    )
-
-
 def _records(home: Path) -> list[_Record]:
     """The servers on this home whose processes live; records of others are removed."""
     live = []
@@ -317,18 +189,6 @@ def _records(home: Path) -> list[_Record]:
     return live
 
 
-def _healthy(url: str) -> bool:
-    """Whether an API answers; asked past any proxy."""
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=HEALTH_TIMEOUT_S)
-    try:
-        connection.request("GET", "/api/health")
-        return connection.getresponse().read(64) == b"true"
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
 def _listen(port: int) -> socket.socket:
     """A listening socket on 127.0.0.1; connections wait in it until the server takes it over."""
     listener = socket.socket()
@@ -336,11 +196,12 @@ def _listen(port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((HOST, port))
         listener.listen(2048)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         listener.close()
         raise EngineError(
             "prefect.port-busy",
-            f"port {port} on {HOST} cannot be used ({error.strerror}); stop what listens there or choose another port",
+            f"port {port} on {HOST} cannot be used ({getattr(error, 'strerror', error)}); stop what listens there or"
+            " choose another port, up to 65535",
         ) from error
     return listener
 
@@ -366,8 +227,8 @@ def _launch(home: Path, port: int, with_ui: bool) -> ServerProcess:
         url = f"http://{HOST}:{listener.getsockname()[1]}"
         process = subprocess.Popen(
             # -P: a folder named flows in the working directory must not hide ours
-            [sys.executable, "-P", "-m", __name__, str(listener.fileno()), "ui" if with_ui else "api"],
-            env=_server_environment(home, url),
+            [sys.executable, "-P", "-m", "flows.server_app", str(listener.fileno()), "ui" if with_ui else "api"],
+            env=server_environment(home, url),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -378,26 +239,6 @@ def _launch(home: Path, port: int, with_ui: bool) -> ServerProcess:
     server = ServerProcess(home, process, record, log_path)
     server.write_record()
     return server
-
-
-def _server_environment(home: Path, url: str) -> dict[str, str]:
-    environment = dict(os.environ)
-    environment.pop("PREFECT_API_URL", None)
-    environment |= prefect_environment(home)
-    port = url.rpartition(":")[2]
-    environment |= {
-        "PREFECT_HOME": str(home),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_API_HOST": HOST,
-        "PREFECT_SERVER_API_PORT": port,
-        # relative, so that the UI also works as localhost and through a tunnel
-        "PREFECT_UI_API_URL": "/api",
-        # not into site-packages, which may be read-only
-        "PREFECT_UI_STATIC_DIRECTORY": str(home / "ui"),
-        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-    }
-    return environment
 
 
 def _close_orphans(server: ServerProcess, home: Path) -> None:
@@ -424,23 +265,6 @@ def _close_orphans(server: ServerProcess, home: Path) -> None:
         closed |= runs
 
 
-def post(url: str, body: dict[str, Any], timeout_s: float = REQUEST_TIMEOUT_S) -> Any:
-    """What a Prefect API answers to a request with JSON.
-
-    Raises EngineError ``prefect.unreachable``, and ``prefect.refused`` as :func:`check_api`.
-    """
-    headers = {"Content-Type": "application/json", **_authorization()}
-    # the address is that of check_api
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310
-    try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310
-            return json.load(response)
-    except OSError as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code == UNAUTHORIZED:
-            raise _refused(url) from None
-        raise EngineError("prefect.unreachable", f"the Prefect API at {url} does not answer ({error})") from error
-
-
 def _send_what_is_left() -> None:
     """Send logs and events that Prefect's threads still hold; its own exit hooks run after the server has gone."""
     if "prefect" not in sys.modules:
@@ -452,52 +276,3 @@ def _send_what_is_left() -> None:
         # it warns of what it has still to send, which is the point of draining
         logging.getLogger(worker.__name__).setLevel(logging.ERROR)
         worker.drain_all(timeout=STOP_TIMEOUT_S, at_exit=False)
-
-
-class _OwnPagesOnly:
-    """ASGI layer: pages of other sites get no answer, HTTP or WebSocket; our own pages get ``UI_POLICY``."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        from starlette.responses import PlainTextResponse
-
-        headers = dict(scope.get("headers", ()))
-        own = b"http://" + headers.get(b"host", b"")
-        if headers.get(b"origin", own) != own:
-            await PlainTextResponse("request from a page of another site", 403)(scope, receive, send)
-            return
-
-        async def send_with_policy(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", UI_POLICY.encode())]
-            await send(message)
-
-        await self._app(scope, receive, send_with_policy)
-
-
-def _stop_with_parent() -> None:
-    """Wait for the end of standard input, which the parent holds open, then end this process in good order."""
-    while sys.stdin.buffer.read(1024):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _serve(listener_fd: int, kind: str) -> None:
-    """The child process: Prefect's application on a socket that its parent has opened."""
-    for_the_owner_alone()
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
-    import uvicorn
-    from prefect.server.api.server import create_app
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-    # around the application, not in it: the actions of automations ask it from within, as a host of another name
-    own = _OwnPagesOnly(create_app(final=True, ephemeral=kind == "api"))
-    # a name that an attacker points at 127.0.0.1 gets no answer
-    app = TrustedHostMiddleware(own, allowed_hosts=[HOST, "localhost"])
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[socket.socket(fileno=listener_fd)])
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]), sys.argv[2])

@@ -17,7 +17,8 @@ from uuid import UUID
 
 import psutil
 
-from flows.server import HEALTH_TIMEOUT_S, ORPHANED, check_api, post
+from flows.prefect_api import HEALTH_TIMEOUT_S, check_api, post
+from flows.server import ORPHANED
 from vnet_core.errors import EngineError
 
 if TYPE_CHECKING:

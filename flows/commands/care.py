@@ -160,11 +160,12 @@ def _by_kind(found: Sequence[Spare]) -> Iterator[str]:
 @contextlib.contextmanager
 def _api() -> Iterator[str]:
     """The Prefect API that is named or runs on this root, or a private one for the block."""
-    from flows.server import check_api, local_api
+    from flows.prefect_api import check_api
+    from flows.server import local_api
 
     url = os.environ.get("PREFECT_API_URL")
     if url:
-        check_api(url, 10.0)
+        check_api(url)
         yield url
         return
     with local_api(Path(os.environ["PREFECT_HOME"])) as api:
@@ -192,7 +193,7 @@ def _no_arguments(parser: ArgumentParser) -> None:
 
 def doctor(options: Namespace) -> Result:
     """``vnet doctor``: exit code 3 when something is bad. It opens root and site itself, since they may be at fault."""
-    from flows.server import prefect_environment
+    from flows.prefect_settings import prefect_environment
     from workers.site import Site
     from workers.store import Root
 

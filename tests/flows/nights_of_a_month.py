@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from flows.server import local_api, prefect_environment
+from flows.prefect_settings import prefect_environment
+from flows.server import local_api
 from tests.files import file_of
 from tests.workers.tiny_cohort import MODEL, publish_model, take_in, write_scan
 from workers.clusters import ray_session

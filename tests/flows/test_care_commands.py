@@ -17,7 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from flows.cli import main
 from flows.commands.care import told
-from flows.server import ServerProcess, prefect_environment, start_server
+from flows.prefect_settings import prefect_environment
+from flows.server import ServerProcess, start_server
 from tests.files import file_of
 from tests.flows.browser import call_api
 from tests.walkthrough import REPOSITORY, environment, take_ctrl_c

@@ -15,7 +15,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Running
 
 from flows.deployments import catch_up, deploy, deployments, publish
-from flows.server import HEARTBEAT_S, ServerProcess, start_server
+from flows.prefect_settings import HEARTBEAT_S
+from flows.server import ServerProcess, start_server
 from flows.session import Session
 from flows.starting import start_night
 from tests.flows.browser import call_api

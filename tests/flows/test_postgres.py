@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.server import check_api, post
+from flows.prefect_api import check_api, post
 from tests.flows.command import Command, receipts, until
 from tests.flows.conftest import TINY_CASES
 from tests.flows.test_night_engine import nightly

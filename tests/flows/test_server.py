@@ -18,7 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.server import ORPHANED, ServerProcess, check_api, prefect_environment, running_server, start_server
+from flows.prefect_api import check_api
+from flows.prefect_settings import prefect_environment
+from flows.server import ORPHANED, ServerProcess, running_server, start_server
 from flows.serving import LOOK_S
 from tests.flows.browser import (
     call_api,
@@ -45,7 +47,8 @@ print("stopped")
 PRIVATE = """
 import json, os, sys
 from pathlib import Path
-from flows.server import local_api, prefect_environment
+from flows.prefect_settings import prefect_environment
+from flows.server import local_api
 home = Path(sys.argv[1])
 os.environ.update(prefect_environment(home))
 with local_api(home) as api:
@@ -105,20 +108,9 @@ def served(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> I
         process.kill()
 
 
-def test_environment_leaves_what_the_user_has_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PREFECT_HOME", "/elsewhere")
-    monkeypatch.setenv("NO_PROXY", "example.org,127.0.0.1")
-    monkeypatch.setenv("no_proxy", "*")
-    result = prefect_environment(tmp_path)
-    assert "PREFECT_HOME" not in result
-    assert result["NO_PROXY"] == "example.org,127.0.0.1,localhost"
-    assert "no_proxy" not in result
-    monkeypatch.delenv("PREFECT_HOME")
-    assert prefect_environment(tmp_path)["PREFECT_HOME"] == str(tmp_path)
-
-
-def test_importing_the_module_does_not_import_prefect() -> None:
-    code = "import flows.server, sys; sys.exit('prefect' in sys.modules)"
+def test_importing_the_modules_does_not_import_prefect() -> None:
+    modules = "flows.prefect_api, flows.prefect_settings, flows.server, flows.server_app"
+    code = f"import {modules}, sys; sys.exit('prefect' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=environment(REPOSITORY)).returncode == 0
 
 
@@ -161,6 +153,12 @@ def test_a_busy_port_is_refused_before_anything_starts(tmp_path: Path) -> None:
             start_server(tmp_path, port)
     assert caught.value.code == "prefect.port-busy"
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_number_that_is_no_port_is_refused_likewise(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"port 65536 on .*, up to 65535") as caught:
+        start_server(tmp_path, 65536)
+    assert caught.value.code == "prefect.port-busy"
 
 
 def test_a_server_that_cannot_start_shows_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
