@@ -18,6 +18,7 @@ from flows.session import Session, open_session
 from vnet_core.phantoms import demo_cohort, phantom
 from vnet_core.plan import Label
 from workers.evaluate import evaluate, masks_in
+from workers.ingest import Names
 from workers.ledger import counts
 from workers.masks import load_report
 from workers.scans import write_volume
@@ -57,8 +58,8 @@ def demo() -> Result:
     scans = session.root.home / "demo-scans"
     say(f"making {TRAINING_CASES} labelled and {NEW_CASES + 1} new scans from seed {SEED} in {scans}")
     make_scans(scans)
-    labels = tuple(f"{label.value}={label.name}" for label in LABELS)
-    ingest_sources(session.root, "demo-train", [str(scans / "train")], labels=labels)
+    names = Names(labels=LABELS)
+    ingest_sources(session.root, "demo-train", [str(scans / "train")], names)
     (scans / "plan.toml").write_text(PLAN)
 
     say(f"training a small V-Net for {MINUTES * 60:.0f} s: Prefect, Dask, Zarr, Ray Train")
@@ -69,7 +70,7 @@ def demo() -> Result:
     trained = run_flow(train_model, cohort="demo-train", model=MODEL, settings=settings)["model"]
 
     say(f"the night: segmenting {NEW_CASES + 1} new scans with {trained} on Ray actors")
-    ingest_sources(session.root, "demo-night", [str(scans / "night")], labels=labels)
+    ingest_sources(session.root, "demo-night", [str(scans / "night")], names)
     night = run_flow(nightly, cohort="demo-night", model=trained)
     return _result(session, scans, night, time.monotonic() - started)
 

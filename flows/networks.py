@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from vnet_core.errors import ConfigError, StorageError
+from vnet_core.errors import ConfigError
 from vnet_core.geometry import Shape
 from vnet_core.plan import config_error
 from vnet_core.sections import PRESETS, NetworkPlan
+from workers.outputs import write_output
 
 Table = Callable[[Sequence[Mapping[str, Any]], Sequence[str]], str]
 
@@ -21,8 +22,8 @@ Table = Callable[[Sequence[Mapping[str, Any]], Sequence[str]], str]
 def describe(options: Namespace, table: Table) -> tuple[str, dict[str, Any]]:
     """Text and JSON of ``vnet models describe``; ``table`` lays out rows.
 
-    Raises ConfigError ``network.unknown``, ``network.value``, ``network.input`` or ``network.graph``, StorageError
-    ``store.unwritable`` when the picture cannot be written.
+    Raises ConfigError ``network.unknown``, ``network.value``, ``network.input``, ``network.graph``, or
+    ``output.unwritable`` when the picture cannot be written.
     """
     from vnet_core.networks.describe import describe as described
 
@@ -94,7 +95,4 @@ def _draw(network: Any, title: str, path: Path) -> None:
     forms: dict[str, Literal["png", "svg"]] = {".png": "png", ".svg": "svg"}
     if path.suffix.lower() not in forms:
         raise ConfigError("network.graph", f"--graph {path} ends in {path.suffix!r}; use .png or .svg")
-    try:
-        path.write_bytes(network_picture(network, Path(title).stem, forms[path.suffix.lower()]))
-    except OSError as error:
-        raise StorageError("store.unwritable", f"{path} cannot be written ({error.strerror})") from None
+    write_output(path, network_picture(network, Path(title).stem, forms[path.suffix.lower()]))

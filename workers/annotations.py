@@ -20,6 +20,7 @@ from vnet_core.geometry import Triple, check_label_grid
 from vnet_core.spheres import sphere
 from workers.discover import Found, discover
 from workers.ledger import Outcome, State, settle
+from workers.outputs import output_folder
 from workers.scans import case_stem, is_scan, read_geometry, read_label, read_volume, write_label
 
 STAGE = "label"
@@ -101,7 +102,8 @@ def label_spheres(sources: Sequence[str], table: Path, output: Path, gate: Gate 
     keeps no voxel is left out and its scan ``warned``, codes ``sphere.outside``, ``sphere.diameter`` and
     ``sphere.empty``. A scan that cannot be used is a refused row.
 
-    Raises ConfigError ``annotations.*``, ``source.missing``, ``cohort.empty`` or ``label.folder``.
+    Raises ConfigError ``annotations.*``, ``source.missing``, ``cohort.empty``, ``label.folder`` or
+    ``output.unwritable``.
     """
     points = read_points(table)
     found = discover(sources)
@@ -109,7 +111,7 @@ def label_spheres(sources: Sequence[str], table: Path, output: Path, gate: Gate 
         raise ConfigError("cohort.empty", f"no scan was found in {', '.join(sources)} ({found.ignored} other files)")
     gate = gate or Gate()
     masks = _masks_in(gate.inside) if gate.inside else None
-    output.mkdir(parents=True, exist_ok=True)
+    output_folder(output)
     labelled = [_label(case, _of(case, points), output, gate.minimum, masks) for case in found.cases]
     _write_manifest(output / "manifest.csv", found.cases, {one.outcome.case for one in labelled if one.outcome.done})
     return labelled

@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import tempfile
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
@@ -29,23 +26,6 @@ def encode(answer: Answer, file_format: FileFormat) -> bytes:
     if file_format == "json":
         return (json.dumps(answer.rows, ensure_ascii=False, allow_nan=False, indent=1) + "\n").encode()
     return _parquet(answer)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; ConfigError ``query.output`` when its folder cannot be written."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise ConfigError(
-            "query.output", f"{path} cannot be written ({error.strerror}); choose another with --output"
-        ) from error
 
 
 def _csv(answer: Answer) -> bytes:

@@ -23,6 +23,7 @@ from workers import archives
 from workers.datasets import CATALOGUE, Dataset, Remote
 from workers.folders import raise_if_full
 from workers.ledger import Outcome, State, settle
+from workers.outputs import output_folder
 
 STAGE = "fetch"
 ATTEMPTS = 5
@@ -79,9 +80,9 @@ def fetch(wanted: Dataset, output: Path, on_bytes: Progress = lambda name, done,
 
     What an earlier call finished is ``cached``. A file without known checksum is ``warned``, code ``fetch.unchecked``.
     Failures are rows: ``fetch.http``, ``fetch.interrupted`` (the next call goes on), ``fetch.checksum``,
-    ``fetch.archive`` or ``fetch.exists``; nothing is left that looks finished.
+    ``fetch.archive`` or ``fetch.exists``; nothing is left that looks finished. ConfigError ``output.unwritable``.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    output_folder(output)
     return [_fetch_one(remote, output, on_bytes) for remote in wanted.files]
 
 

@@ -17,7 +17,6 @@ from flows.commands.tables import case_row, summary, text_table, undone
 from flows.session import open_session
 from vnet_core.errors import ConfigError
 from vnet_core.plan import Label, Plan
-from vnet_core.sections import ReadingPlan
 from workers.clusters import processors
 from workers.ledger import Outcome
 from workers.mirrors import is_remote
@@ -144,7 +143,7 @@ def ingest(options: Namespace) -> Result:
         raise ConfigError("ingest.input", "name at least one SOURCE and --cohort NAME, or give --explain CODE")
     names = _names(options)
     session = open_session()
-    cohort, outcomes = _run_ingest(session.root, options.cohort, options.sources, names)
+    cohort, outcomes = ingest_sources(session.root, options.cohort, options.sources, names)
     codes = tally(outcome.codes for outcome in outcomes)
     parts = [f"cohort {cohort.name}: {summary(outcomes)}"]
     if codes:
@@ -213,21 +212,8 @@ def _plan(path: str) -> tuple[Plan, set[str]]:
     return Plan.from_mapping({"labels": [{"value": 1, "name": "label-1"}], **given}), set(given)
 
 
-def ingest_sources(
-    root: Root,
-    cohort: str,
-    sources: Sequence[str],
-    channels: Sequence[str] = (),
-    labels: Sequence[str] = (),
-    reading: ReadingPlan | None = None,
-) -> tuple[Cohort, list[Outcome]]:
-    """Ingest local sources on all processor cores; ``labels`` as ``VALUE=NAME``."""
-    from workers.ingest import Names
-
-    return _run_ingest(root, cohort, sources, Names(tuple(channels), parse_labels(labels), reading))
-
-
-def _run_ingest(root: Root, cohort: str, sources: Sequence[str], names: Names) -> tuple[Cohort, list[Outcome]]:
+def ingest_sources(root: Root, cohort: str, sources: Sequence[str], names: Names) -> tuple[Cohort, list[Outcome]]:
+    """Ingest sources on all processor cores; paths may be those of the working directory."""
     from workers.ingest import ingest as run
 
     absolute = [source if is_remote(source) else str(Path(source).expanduser().resolve()) for source in sources]

@@ -39,11 +39,14 @@ def evaluate(options: Namespace) -> Result:
     """``vnet evaluate``."""
     from workers.evaluate import OUTPUTS, columns, masks_in, patients_in, summary, to_parquet
     from workers.evaluate import evaluate as run
+    from workers.outputs import output_folder, write_output
     from workers.report import to_csv
 
     output: Path | None = options.output
     if output and output.suffix.lower() not in OUTPUTS:
         raise ConfigError("evaluate.output", f"--output {output} ends in none of {', '.join(OUTPUTS)}; rename it")
+    if output:
+        output_folder(output.parent)
     patients = patients_in(options.patients) if options.patients else {}
     tolerances_mm = options.tolerance_mm
     with ThreadPoolExecutor(processors()) as executor:
@@ -64,8 +67,7 @@ def evaluate(options: Namespace) -> Result:
             ".parquet": lambda: to_parquet(rows, names),
             ".json": lambda: json.dumps({"cases": cases, **means}, allow_nan=False, indent=1).encode(),
         }[output.suffix.lower()]()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(written)
+        write_output(output, written)
     return Result(_scores_text(found, rows, means, names), cases, means)
 
 

@@ -27,12 +27,12 @@ FILE_FORMATS = ("csv", "json", "parquet")
 
 def _arguments(parser: ArgumentParser) -> None:
     rows = parser.add_argument_group("filters", "those that may be repeated pass what any of their values passes")
-    _several(rows, "--cohort", "cohorts", "NAME", "cohort")
-    _several(rows, "--label", "labels", "NAME", "label or region")
-    _several(rows, "--model", "models", "NAME[@VERSION]", "model; without a version all of them")
-    _several(rows, "--flag", "flags", "FLAG", f"{', '.join(FLAGS)}, or any", (*FLAGS, "any"))
-    _several(rows, "--state", "states", "STATE", ", ".join(STATES), STATES)
-    _several(rows, "--review", "reviews", "STATE", ", ".join(REVIEWS), REVIEWS)
+    _several(rows, "cohort", "NAME", "cohort")
+    _several(rows, "label", "NAME", "label or region")
+    _several(rows, "model", "NAME[@VERSION]", "model; without a version all of them")
+    _several(rows, "flag", "FLAG", f"{', '.join(FLAGS)}, or any", (*FLAGS, "any"))
+    _several(rows, "state", "STATE", ", ".join(STATES), STATES)
+    _several(rows, "review", "STATE", ", ".join(REVIEWS), REVIEWS)
     rows.add_argument("--patient", metavar="PSEUDONYM", help="one patient")
     rows.add_argument("--case", metavar="ID", help="one case")
     rows.add_argument("--nights", type=int, metavar="N", help="only the newest N nights of each cohort")
@@ -55,12 +55,11 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the rows there")
 
 
-def _several(
-    group: _ArgumentGroup, option: str, dest: str, metavar: str, text: str, choices: tuple[str, ...] | None = None
-) -> None:
+def _several(group: _ArgumentGroup, what: str, metavar: str, text: str, choices: tuple[str, ...] | None = None) -> None:
+    """An option that may be repeated; all of its values are the question's ``<what>s``."""
     group.add_argument(
-        option,
-        dest=dest,
+        f"--{what}",
+        dest=f"{what}s",
         action="append",
         default=[],
         choices=choices,
@@ -111,13 +110,14 @@ def _format(options: Namespace) -> FileFormat | None:
 
 
 def _result(options: Namespace, file_format: FileFormat | None, answer: Answer, columns: tuple[str, ...]) -> Result:
-    from workers.answers import encode, write_file
+    from workers.answers import encode
+    from workers.outputs import write_output
 
     number = len(answer.rows)
     if file_format is None:
         text = text_table(answer.rows, columns) if answer.rows else "no rows"
     elif options.output:
-        write_file(options.output, encode(answer, file_format))
+        write_output(options.output, encode(answer, file_format))
         text = f"{number} rows in {options.output}"
     else:
         text = encode(answer, file_format).decode().rstrip("\n")

@@ -32,20 +32,22 @@ def _arguments(parser: ArgumentParser) -> None:
 
 def radiomics(options: Namespace) -> Result:
     """``vnet radiomics``."""
+    from workers.outputs import output_folder, write_output
     from workers.radiomics import OUTPUTS, USUAL_LEVELS, GreyLevels, Wanted, radiomics_of_night, table
 
     output: Path | None = options.output
     suffix = output.suffix.lower() if output else ""
     if output and suffix not in OUTPUTS:
         raise ConfigError("radiomics.output", f"--output {output} ends in none of {', '.join(OUTPUTS)}; rename it")
+    if output:
+        output_folder(output.parent)
     given = options.bins is not None or options.bin_width is not None
     levels = GreyLevels(options.bins, options.bin_width) if given else USUAL_LEVELS
     wanted = Wanted(options.cohort, options.night, options.label, options.channel, levels)
     done = list(radiomics_of_night(open_session().root, wanted, _tell))
     rows = [row for computed in done for row in computed.rows]
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(table(rows, suffix))
+        write_output(output, table(rows, suffix))
     outcomes = [computed.outcome for computed in done]
     shown = [{name: row.get(name) for name in SHOWN} for row in rows]
     parts = [text_table(shown, SHOWN) if shown else "no labels", summary(outcomes)]

@@ -19,6 +19,7 @@ from flows.session import Session, open_session
 from vnet_core.errors import ConfigError
 from vnet_core.plan import config_error
 from workers.identity import Pseudonyms
+from workers.outputs import output_folder, unwritable
 from workers.rules import DEFAULT_RULES, NightRules
 from workers.store import Root
 
@@ -39,18 +40,21 @@ def _segment_arguments(parser: ArgumentParser) -> None:
 def segment(options: Namespace) -> Result:
     """``vnet segment``."""
     from flows.cohorts import segment_cohort
+    from workers.ingest import Names
     from workers.models import load_model
 
     session = open_session()
     if bool(options.sources) == bool(options.cohort):
         raise ConfigError("segment.input", "name either sources or --cohort, not both and not neither")
+    if options.output:
+        output_folder(Path(options.output))
     cohort = options.cohort
     if options.sources:
         paths = sorted(str(Path(source).resolve()) for source in options.sources)
         cohort = Pseudonyms.of(session.root).cohort("\0".join(paths))
         plan = load_model(session.root, options.model).plan
         channels = plan.channels if len(plan.channels) > 1 else ()
-        ingest_sources(session.root, cohort, options.sources, channels, reading=plan.reading)
+        ingest_sources(session.root, cohort, options.sources, Names(channels, reading=plan.reading))
     data = run_flow(segment_cohort, cohort=cohort, model=options.model, mask_format=options.format)
     return night_result(session, data, options.output)
 
@@ -168,16 +172,19 @@ def _label(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def copy_mask(root: Root, key: str, folder: Path, case: str) -> Path:
-    """The mask of that key as ``folder/<case><suffix>``, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The mask of that key as ``folder/<case><suffix>``, whole or not at all. ConfigError ``output.unwritable``."""
+    output_folder(folder)
     target = folder / f"{case}{key.rpartition('/')[2].removeprefix('mask')}"
     temporary = folder / f".{target.name}.part"
     with root.at_hand(key) as mask:
-        if mask.is_dir():
-            for old in (temporary, target):
-                shutil.rmtree(old, ignore_errors=True)
-            shutil.copytree(mask, temporary)
-        else:
-            shutil.copyfile(mask, temporary)
-    temporary.replace(target)
+        try:
+            if mask.is_dir():
+                for old in (temporary, target):
+                    shutil.rmtree(old, ignore_errors=True)
+                shutil.copytree(mask, temporary)
+            else:
+                shutil.copyfile(mask, temporary)
+            temporary.replace(target)
+        except OSError as error:
+            raise unwritable(target, error) from None
     return target

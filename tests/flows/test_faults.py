@@ -20,6 +20,7 @@ from vnet_core.networks.vnet import build_vnet, initialise
 from vnet_core.phantoms import PhantomSpec, phantom
 from vnet_core.plan import Plan
 from vnet_core.volume import Volume
+from workers.ingest import Names
 from workers.scans import write_volume
 from workers.store import Root
 
@@ -74,7 +75,7 @@ def many(walkthrough: Walkthrough, tmp_path_factory: pytest.TempPathFactory) -> 
         scan = Volume(image.voxels + np.int16(number), image.geometry)
         write_volume(folder / "scans" / f"scan-{number:02d}.mha", scan)
     root = walkthrough.copy_root(folder / "vnet-data")
-    ingest_sources(Root(root), "many", [str(folder / "scans")])
+    ingest_sources(Root(root), "many", [str(folder / "scans")], Names())
     return root
 
 

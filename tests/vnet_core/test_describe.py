@@ -137,7 +137,7 @@ def test_the_command_prints_a_table_of_a_plan_file(vnet, tmp_path):
         (("paper", "--channels", 0), "network.input"),
         (("paper", "--input", 16, 0, 16), "network.input"),
         (("paper", "--input", 16, 16, 16, "--graph", "net.bmp"), "network.graph"),
-        (("paper", "--input", 16, 16, 16, "--graph", "missing/net.png"), "store.unwritable"),
+        (("paper", "--input", 16, 16, 16, "--graph", "/proc/net.png"), "output.unwritable"),
         (("wrong.toml",), "network.unknown-key"),
     ],
 )

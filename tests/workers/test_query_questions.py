@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vnet_core.errors import ConfigError, StorageError
-from workers.answers import encode, write_file
+from workers.answers import encode
 from workers.query import Answer, Query
 from workers.questions import load_question, question_names, save_question
 from workers.store import Root
@@ -102,14 +102,3 @@ def test_an_answer_as_parquet_keeps_the_types_of_the_columns() -> None:
     with pytest.raises(ConfigError, match="column odd") as caught:
         encode(Answer(("odd",), [{"odd": 1}, {"odd": "a"}], False), "parquet")
     assert caught.value.code == "query.output"
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    write_file(tmp_path / "rows.csv", b"old")
-    write_file(tmp_path / "rows.csv", b"new")
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
-    assert (tmp_path / "rows.csv").read_bytes() == b"new"
-    for target in (tmp_path / "missing" / "rows.csv", tmp_path):
-        with pytest.raises(ConfigError, match="cannot be written") as caught:
-            write_file(target, b"x")
-        assert caught.value.code == "query.output"
