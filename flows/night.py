@@ -13,7 +13,7 @@ from flows.session import Session
 from flows.shift import Assignment, Shift, carried_over
 from flows.stages import refusals, usable
 from flows.tasks import Progress, report_night
-from vnet_core.errors import ConfigError
+from vnet_core.errors import ConfigError, VnetError
 from vnet_core.geometry import Geometry
 from workers import attempts, nights
 from workers.attempts import Failure
@@ -89,8 +89,8 @@ def run_night(session: Session, order: Order, model: Model, started: datetime) -
         night = Night("", order.cohort, model.reference, "", mask_format=order.mask_format, run=own.id, rules=rules)
         night = nights.begin(root, night, started)
         fail_point("night:begun")
-        jobs = jobs_of(session, order, model, entries)
-        shift = _shift(session, own, order, model, night, len(entries))
+        jobs = jobs_of(root, order, model, entries)
+        shift = _shift(session, own, model, night, len(entries))
         try:
             shift.add(refusals(entries))
             shift.sort_out(jobs, attempts.failures(root, order.cohort))
@@ -103,7 +103,7 @@ def run_night(session: Session, order: Order, model: Model, started: datetime) -
             _close(root, ended)
             raise
         outcomes = _by_case(shift.settled)
-        _remember(session, order, model, night, jobs, shift.settled)
+        _remember(session, model, night, jobs, shift.settled)
         ended = nights.ended(night, outcomes, stopped, session.clock())
         fail_point("night:rows")
         rows = report_night(root, ended, outcomes, entries)
@@ -112,11 +112,11 @@ def run_night(session: Session, order: Order, model: Model, started: datetime) -
     return Result(ended, outcomes, rows, jobs)
 
 
-def jobs_of(session: Session, order: Order, model: Model, entries: Sequence[Entry]) -> list[Job]:
+def jobs_of(root: Root, order: Order, model: Model, entries: Sequence[Entry]) -> list[Job]:
     """A job for every usable case, with mirroring where a person asked for it."""
     from workers.decisions import mirrored
 
-    wanted = mirrored(session.root, order.cohort)
+    wanted = mirrored(root, order.cohort)
     jobs = []
     for case in usable(entries):
         job = Job(order.cohort, case, order.mask_format)
@@ -125,9 +125,9 @@ def jobs_of(session: Session, order: Order, model: Model, entries: Sequence[Entr
     return jobs
 
 
-def _shift(session: Session, own: Run, order: Order, model: Model, night: Night, cases: int) -> Shift:
-    log = EventLog(session.root, order.cohort, night.id)
-    progress = Progress(f"progress {order.cohort}", cases, f"Night {night.id} of cohort {order.cohort}")
+def _shift(session: Session, own: Run, model: Model, night: Night, cases: int) -> Shift:
+    log = EventLog(session.root, night.cohort, night.id)
+    progress = Progress(f"progress {night.cohort}", cases, f"Night {night.id} of cohort {night.cohort}")
 
     def settled(outcome: Outcome) -> None:
         log(outcome, session.clock())
@@ -135,39 +135,48 @@ def _shift(session: Session, own: Run, order: Order, model: Model, night: Night,
         fail_point("night:settled")
 
     started = datetime.fromisoformat(night.started).astimezone(session.site.zone)
-    return Shift(session, own, Assignment(order.cohort, model, order.rules, started), settled)
+    return Shift(session, own, Assignment(night.cohort, model, NightRules(**night.rules), started), settled)
 
 
 def _remember(
-    session: Session, order: Order, model: Model, night: Night, jobs: Sequence[Job], settled: Mapping[str, Outcome]
+    session: Session, model: Model, night: Night, jobs: Sequence[Job], settled: Mapping[str, Outcome]
 ) -> None:
     """Keep in mind what failed, and forget it where it went well."""
-    root, failed = session.root, attempts.failures(session.root, order.cohort)
+    root, failed = session.root, attempts.failures(session.root, night.cohort)
     for job in jobs:
         outcome = settled[job.case.id]
         if outcome.done:
             if job.case.id in failed:
-                attempts.forget(root, order.cohort, job.case.id)
+                attempts.forget(root, night.cohort, job.case.id)
         elif outcome.state == "failed" and outcome.codes[0] != attempts.QUARANTINED:
             failure = attempts.failure_of(outcome, key_of(job, model), night.id, session.clock())
-            attempts.add_failure(root, order.cohort, job.case.id, failure)
+            attempts.add_failure(root, night.cohort, job.case.id, failure)
 
 
 def close_abandoned(session: Session, night: Night) -> None:
-    """Write the rows and the record of a night whose process died, from what it left in the root."""
-    root = session.root
+    """Write the rows and the record of a night whose process died, from what it left in the root.
+
+    Where its model is gone or damaged, nobody can tell which results were its own: every usable case that has not
+    failed is carried over.
+    """
+    root, log = session.root, get_run_logger()
     entries = load_entries(root, night.cohort)
-    order = Order(night.cohort, night.model, night.mask_format, NightRules(**night.rules))
-    model = load_model(root, night.model)
     failed = attempts.failures(root, night.cohort)
     outcomes = refusals(entries)
-    for job in jobs_of(session, order, model, entries):
-        outcomes.append(_found(session, night, job, key_of(job, model), failed.get(job.case.id, ())))
+    keys = dict.fromkeys(case.id for case in usable(entries))
+    try:
+        model = load_model(root, night.model)
+    except VnetError as error:
+        log.warning("night %s of cohort %s: %s: %s", night.id, night.cohort, error.code, error.message)
+    else:
+        order = Order(night.cohort, night.model, night.mask_format, NightRules(**night.rules))
+        keys = {job.case.id: key_of(job, model) for job in jobs_of(root, order, model, entries)}
+    outcomes += [_found(root, night, case, key, failed.get(case, ())) for case, key in keys.items()]
     outcomes.sort(key=lambda outcome: outcome.case)
     ended = nights.ended(night, outcomes, "died", session.clock())
     write_night(root, ended, outcomes, entries)
     _close(root, ended)
-    get_run_logger().warning("night %s of cohort %s had died; its record is closed now", night.id, night.cohort)
+    log.warning("night %s of cohort %s had died; its record is closed now", night.id, night.cohort)
 
 
 def _close(root: Root, night: Night) -> None:
@@ -176,18 +185,18 @@ def _close(root: Root, night: Night) -> None:
     nights.save(root, night)
 
 
-def _found(session: Session, night: Night, job: Job, key: str, failed: Sequence[Failure]) -> Outcome:
+def _found(root: Root, night: Night, case: str, key: str | None, failed: Sequence[Failure]) -> Outcome:
     """What became of a case in a night that died."""
-    receipt = session.root.receipt(key)
+    receipt = root.receipt(key) if key else None
     if receipt is not None:
         if receipt.get("run") != night.run:
-            return Outcome(job.case.id, STAGE, "cached", key=key)
+            return Outcome(case, STAGE, "cached", key=key)
         costs = {"seconds": receipt["seconds"], "peak_bytes": receipt["peak_bytes"]}
-        return Outcome(job.case.id, STAGE, "computed", key=key, **costs)
+        return Outcome(case, STAGE, "computed", key=key, **costs)
     last = next((failure for failure in failed if failure.night == night.id), None)
     if last:
-        return Outcome(job.case.id, last.stage, "failed", last.codes, last.message)
-    return carried_over(job.case.id, "died")
+        return Outcome(case, last.stage, "failed", last.codes, last.message)
+    return carried_over(case, "died")
 
 
 def _by_case(settled: Mapping[str, Outcome]) -> list[Outcome]:
@@ -206,7 +215,7 @@ def expected(session: Session, order: Order) -> Forecast:
         ("refused", refused),
     )
     kinds: list[tuple[Kind, Geometry | None]] = [(kind, None) for kind, number in unread for _ in range(number)]
-    jobs = jobs_of(session, order, model, seen.unchanged)
+    jobs = jobs_of(root, order, model, seen.unchanged)
     for job in jobs:
         found = failed.get(job.case.id, ())
         kind = kind_of(root, order.cohort, job.case, key_of(job, model), found, order.rules.quarantine_after)
