@@ -65,7 +65,7 @@ def serve(session: Session, schedules: Sequence[Nightly], port: int | None) -> N
         _serve(session, nightlies, url)
         return
     home = Path(os.environ["PREFECT_HOME"])
-    with start_server(home, port or session.site.ui_port) as server:
+    with start_server(home, session.site.ui_port if port is None else port) as server:
         _serve(session, nightlies, server.api_url)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.command import Command, Result
-from flows.commands.retraining import person, person_arguments
+from flows.commands.people import person, person_arguments
 from flows.commands.tables import text_table
 from flows.session import open_session
 from vnet_core.errors import ConfigError, StorageError

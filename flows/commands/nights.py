@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
+from pydantic import ValidationError
+
 from flows.commands.command import Command, Result
 from flows.session import open_session
 from vnet_core.errors import ConfigError
+from vnet_core.plan import config_error
 
 
 def _serve_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--cohort", action="append", default=[], metavar="NAME", help="cohort to run every night")
     parser.add_argument("--model", metavar="NAME[@VERSION]", help="model of the nightly run")
-    parser.add_argument("--cron", default="0 1 * * *", metavar="CRON", help="when (default: every night at 1:00)")
-    parser.add_argument("--port", type=int, metavar="N", help="port on 127.0.0.1 (default: the site's ui_port, 4200)")
+    parser.add_argument("--cron", metavar="CRON", help="when (default: every night at 1:00)")
+    parser.add_argument(
+        "--port", type=int, metavar="N", help="port on 127.0.0.1 (default: the site's ui_port, 4200; 0: any free one)"
+    )
 
 
 def serve(options: Namespace) -> Result:
@@ -25,8 +30,13 @@ def serve(options: Namespace) -> Result:
         raise ConfigError(
             "serve.model", f"--cohort {options.cohort[0]} needs --model: which one is to run every night?"
         )
-
-    schedules = [Nightly(cohort=cohort, model=options.model or "", cron=options.cron) for cohort in options.cohort]
+    if (options.model or options.cron) and not options.cohort:
+        raise ConfigError("serve.cohort", "--model and --cron need --cohort: which one is to run every night?")
+    said = {"cron": options.cron} if options.cron else {}
+    try:
+        schedules = [Nightly(cohort=cohort, model=options.model, **said) for cohort in options.cohort]
+    except ValidationError as error:
+        raise config_error(error, Nightly, "serve") from None
     run(open_session(), schedules, options.port)
     return Result("stopped")
 

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import getpass
 from argparse import ArgumentParser, Namespace
 
 from pydantic import ValidationError
 
 from flows.commands.command import Command, Result
+from flows.commands.people import person, person_arguments
 from flows.commands.running import run_flow
 from flows.session import open_session
-from vnet_core.errors import ConfigError
 from vnet_core.plan import config_error
-
-
-def person(options: Namespace) -> str:
-    """Who changes a model: ``--by``, or the name of the login; ConfigError ``model.who`` where there is neither."""
-    try:
-        return options.by if options.by is not None else getpass.getuser()
-    except (OSError, KeyError):
-        raise ConfigError("model.who", "this login has 0 names; say who changes the model with --by") from None
-
-
-def person_arguments(parser: ArgumentParser) -> None:
-    """Adds ``--by`` and ``--why``."""
-    parser.add_argument("--by", metavar="PERSON", help="who changes the model; left out, the name of your login")
-    parser.add_argument("--why", default="", metavar="TEXT", help="why it is changed, for its history")
 
 
 def _arguments(parser: ArgumentParser) -> None:

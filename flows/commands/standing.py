@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import getpass
 from argparse import ArgumentParser, Namespace
 
 from flows.commands.command import Command, Result
+from flows.commands.people import by_argument, person
 from flows.commands.tables import text_table
 from flows.session import open_session
 
@@ -14,11 +14,16 @@ def _cohort_argument(parser: ArgumentParser) -> None:
     parser.add_argument("--cohort", required=True, metavar="NAME")
 
 
+def _pause_arguments(parser: ArgumentParser) -> None:
+    _cohort_argument(parser)
+    by_argument(parser, "lets them wait")
+
+
 def pause(options: Namespace) -> Result:
     """``vnet pause``."""
     from workers import pauses
 
-    pauses.pause(open_session().root, options.cohort, getpass.getuser())
+    pauses.pause(open_session().root, options.cohort, person(options))
     return Result(
         f"nights of cohort {options.cohort} wait: cases under way are finished, the engines are let go; go on with"
         f" vnet resume --cohort {options.cohort}"
@@ -68,7 +73,7 @@ def quarantine(options: Namespace) -> Result:
     return Result(text, [], {"failures": rows})
 
 
-PAUSE = Command("pause", "let the nights of a cohort wait", "root", _cohort_argument, pause)
+PAUSE = Command("pause", "let the nights of a cohort wait", "root", _pause_arguments, pause)
 RESUME = Command("resume", "let the nights of a cohort go on", "root", _cohort_argument, resume)
 QUARANTINE = Command(
     "quarantine", "cases that fail again and again: list and release", "root", _quarantine_arguments, quarantine
