@@ -9,12 +9,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from infra.runtime_lock import needed, runtime_lock
 from tests.flows.command import until
+from tests.infra.kustomize import manifests
+from tests.infra.test_compose import composed
 from tests.walkthrough import REPOSITORY, environment
 
 INFRA = REPOSITORY / "infra"
@@ -72,6 +75,18 @@ def test_the_image_installs_what_running_needs_and_nothing_of_the_tests() -> Non
     assert "pyyaml" in needed(["ray[train]"]), "what an extra brings in"
 
 
+def test_a_login_shell_finds_the_programs_of_the_image(tmp_path: Path) -> None:
+    """KubeRay before 1.4 starts Ray by one, and waits for its head by one."""
+    assert ("COPY", "--chmod=0644 infra/profile.sh /etc/profile.d/vnet.sh") in instructions()
+    own = tmp_path / "profile.sh"
+    own.write_text((INFRA / "profile.sh").read_text("utf-8").replace("/opt/vnet/bin", str(BIN)))
+    for given, found in (("", 1), (f". {own}; ", 0)):
+        asked = f"PATH=/usr/local/bin:/usr/bin:/bin; {given}command -v ray"
+        done = subprocess.run(["bash", "-c", asked], env={}, capture_output=True, text=True)
+        assert done.returncode == found
+    assert done.stdout == f"{BIN}/ray\n"
+
+
 # --- the entry
 
 
@@ -94,9 +109,13 @@ def test_secrets_in_files_become_variables_and_are_shown_nowhere(tmp_path: Path)
     assert entry("sh", "-c", "exit 7").returncode == 7
 
 
+def service(name: str) -> dict[str, Any]:
+    return dict(composed("compose.yaml")["services"][name])
+
+
 @pytest.fixture(scope="module")
 def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
-    """Address of a Ray head with a token, and the environment of those who have it."""
+    """Address of compose.yaml's Ray head with a token, and the environment of those who have it."""
     with tempfile.TemporaryDirectory(prefix="vnet-", dir="/tmp") as folder:
         token = Path(folder) / "token"
         token.write_text("0123456789abcdef" * 4)
@@ -106,10 +125,10 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, di
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         log = Path(folder) / "log"
-        command = [BIN / "ray", "start", "--head", "--block", "--port=0", "--num-cpus=0", "--include-dashboard=false"]
+        command = [word.replace("--port=6379", "--port=0") for word in service("ray-head")["command"]]
         with log.open("w") as told:
             head = subprocess.Popen(
-                [*command, "--object-store-memory=134217728", f"--temp-dir={folder}/ray"],
+                [INFRA / "entry", *command, f"--temp-dir={folder}/ray"],
                 env=env,
                 stdout=told,
                 stderr=told,
@@ -145,6 +164,32 @@ NODES = (
     "import ray; ray.init('{address}', log_to_driver=False);"
     " print(len(ray.nodes()), ray.cluster_resources().get('CPU'))"
 )
+
+
+@pytest.mark.slow
+def test_head_and_worker_of_the_files_work_and_their_probes_say_so(ray_head: tuple[str, dict[str, str]]) -> None:
+    address, env = ray_head
+    health = [word.replace("127.0.0.1:6379", address) for word in service("ray-head")["healthcheck"]["test"][1:]]
+    assert subprocess.run([BIN / health[0], *health[1:]], env=env, capture_output=True).returncode == 0
+    command = [word.replace("ray-head:6379", address) for word in service("ray-worker")["command"]]
+    with subprocess.Popen(
+        [INFRA / "entry", *command],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as worker:
+        try:
+            nodes = ["python", "-c", NODES.format(address=address)]
+            until(lambda: entry(*nodes, **env).stdout == "2 4.0\n", 120)
+            (probe,) = (
+                group["template"]["spec"]["containers"][0]["readinessProbe"]["exec"]["command"]
+                for one in manifests(INFRA / "kubernetes" / "base" / "ray.yaml")
+                for group in one["spec"]["workerGroupSpecs"]
+            )
+            assert entry(*probe, **env).returncode == 0
+        finally:
+            end(worker.pid)
 
 
 @pytest.mark.slow

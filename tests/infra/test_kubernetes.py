@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import psutil
 import pytest
 import yaml
 
+from tests.infra.kuberay import RAY_CLUSTER, head_service, start_commands
 from tests.infra.kustomize import Manifest, build, containers, manifests, pods
 from tests.infra.programs import read, with_files
 from tests.walkthrough import REPOSITORY
@@ -22,12 +24,6 @@ FOLDER = REPOSITORY / "infra" / "kubernetes"
 OVERLAYS = ("cpu", "gpu")
 VERSIONS = ("1.31", "1.37")
 """The oldest and the newest Kubernetes whose schemas are asked."""
-RAY_CLUSTER = {
-    "spec": {"rayVersion", "headGroupSpec", "workerGroupSpecs"},
-    "head": {"rayStartParams", "template"},
-    "worker": {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"},
-}
-"""Keys of KubeRay's ray.io/v1 that ours has; its schema is not in the packages of Kubernetes' schemas."""
 
 
 @pytest.fixture(scope="module", params=OVERLAYS)
@@ -50,11 +46,7 @@ def asked(manifest: Manifest) -> list[Manifest]:
     """The manifests by which the schemas of Kubernetes judge one."""
     if manifest["kind"] != "RayCluster":
         return [manifest]
-    spec = manifest["spec"]
-    assert spec.keys() == RAY_CLUSTER["spec"]
-    assert spec["headGroupSpec"].keys() == RAY_CLUSTER["head"]
-    for group in spec["workerGroupSpecs"]:
-        assert group.keys() == RAY_CLUSTER["worker"]
+    jsonschema.validate(manifest, RAY_CLUSTER)
     return [
         {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "of-ray"}, "template": pod}
         for pod in pods(manifest)
@@ -70,6 +62,27 @@ def test_every_manifest_keeps_to_the_schema(overlay: list[Manifest], version: st
     broken["spec"]["template"]["spec"]["contaners"] = []
     with pytest.raises(kubernetes_validate.ValidationError, match="contaners"):
         kubernetes_validate.validate(broken, version, strict=True)
+
+
+def test_the_operator_of_ray_takes_the_cluster_and_ray_what_it_makes_of_it(
+    overlay: list[Manifest], request: pytest.FixtureRequest
+) -> None:
+    cluster = named(overlay)["RayCluster/vnet-ray"]
+    jsonschema.validate(cluster, RAY_CLUSTER)
+    head, workers = start_commands(cluster)
+    for command in (head, workers):
+        read(command)
+    assert {"--head", "--num-cpus=0", "--include-dashboard=false", "--block"} <= set(head)
+    assert {"--num-cpus=4", "--block"} <= set(workers)
+    assert ("--num-gpus=1" in workers) == (request.node.callspec.params["overlay"] == "gpu")
+    for broken in (
+        {"headGroupSpec": {**cluster["spec"]["headGroupSpec"], "rayStartParam": {}}},
+        {"headGroupSpec": {**cluster["spec"]["headGroupSpec"], "rayStartParams": {"num-cpus": 0}}},
+        {"workerGroupSpecs": [{**cluster["spec"]["workerGroupSpecs"][0], "replicas": "4"}]},
+        {"workerGroups": []},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**cluster, "spec": cluster["spec"] | broken}, RAY_CLUSTER)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -132,6 +145,9 @@ def test_secrets_are_named_and_have_no_values(overlay: list[Manifest]) -> None:
     assert used.keys() == examples.keys()
     for name, keys in used.items():
         assert keys <= examples[name].keys(), name
+    page = (REPOSITORY / "docs" / "deploy.md").read_text("utf-8")
+    listed = page.partition("`s3.env` holds ")[2].partition(", one to a")[0].replace(" and ", ", ").replace("\n", " ")
+    assert set(listed.split(", ")) == examples["vnet-s3"].keys()
     paths = {f"/run/secrets/dask/{key}" for key in examples["vnet-dask"]}
     site = (REPOSITORY / "infra" / "sites" / "cluster.toml").read_text("utf-8")
     assert all(f'"{path}"' in site for path in paths)
@@ -160,9 +176,6 @@ def test_the_programs_know_what_they_are_told(overlay: list[Manifest], secrets: 
         own = repr(psutil.Process().name())
         assert subprocess.run([sys.executable, "-c", program.replace("'raylet'", own)]).returncode == 0
         assert subprocess.run([sys.executable, "-c", program.replace("'raylet'", "'no-such'")]).returncode == 1
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        # as the operator writes them
-        read(["ray", "start", *(f"--{key}={value}" for key, value in group["rayStartParams"].items())])
 
 
 def test_ray_and_dask_ask_who_is_there(overlay: list[Manifest]) -> None:
@@ -261,7 +274,7 @@ def test_the_site_file_names_the_services_and_every_worker_of_ray_holds_an_actor
     found = named(overlay)
     assert site.dask_address == "tls://dask-scheduler:8786"
     assert "Service/dask-scheduler" in found
-    assert site.ray_address == "vnet-ray-head-svc:6379", "the operator's name for the head of vnet-ray"
+    assert site.ray_address == f"{head_service(found['RayCluster/vnet-ray'])}:6379"
     (nights,) = containers(found["Deployment/nights"])
     variables = {one["name"]: one.get("value") for one in nights["env"]}
     assert variables["VNET_JOIN_RAY"] == site.ray_address
