@@ -37,13 +37,17 @@ def _rows(model: type[BaseModel], prefix: str) -> list[str]:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             rows += _rows(kind, f"{prefix}{name}.")
             continue
-        default = "required" if field.is_required() else "empty" if field.default == "" else f"`{field.default}`"
+        default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
         bounds = "".join(_bound(item) for item in field.metadata)
         meaning = " ".join((field.description or "").split())
         rows.append(f"| `{prefix}{name}` | {_name(kind)}{bounds} | {default} | {meaning} |")
         if prefix == "" and _listed(kind) is Nightly:
             rows += _rows(Nightly, f"{name}.")
     return rows
+
+
+def _default(value: Any) -> str:
+    return "empty" if value == "" else f"`{value}`"
 
 
 def _listed(kind: Any) -> Any:

@@ -49,3 +49,4 @@ def test_tables_of_keys_are_those_of_the_program(name):
     text = (REPOSITORY / name).read_text("utf-8")
     assert text == with_table(text, PAGES_WITH_KEYS[name]), "run: python -m tests.keys"
     assert "| key |" in text
+    assert "Undefined" not in text
