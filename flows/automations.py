@@ -117,7 +117,7 @@ def apply(client: SyncPrefectClient, automations: Sequence[AutomationCore]) -> d
     stays so."""
     from prefect.events.schemas.automations import AutomationCore
 
-    known = {one.name: one for one in _all(client) if TAG in one.tags}
+    known = {one.name: one for one in all_automations(client) if TAG in one.tags}
     done: dict[str, Change] = {}
     for automation in automations:
         before = known.pop(automation.name, None)
@@ -139,7 +139,7 @@ def apply(client: SyncPrefectClient, automations: Sequence[AutomationCore]) -> d
     return done
 
 
-def _all(client: SyncPrefectClient) -> list[Automation]:
+def all_automations(client: SyncPrefectClient) -> list[Automation]:
     """Every automation of the server, by pages; the client's own list is one page."""
     from prefect.events.schemas.automations import Automation
 

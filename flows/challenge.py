@@ -31,6 +31,7 @@ from workers.shadows import (
     write_shadow,
 )
 from workers.store import Root
+from workers.story import NOTICE
 
 if TYPE_CHECKING:
     from workers.report import Night
@@ -41,9 +42,10 @@ CASES = 4
 FAILED_LINES = 20
 """Most cases without a comparison that a page lists; the record has all."""
 
+NO_PICTURE = "*No picture: the scan or a mask is not at hand, or the scan may have text in its pixels.*"
+
 Segment = Callable[[Model, Sequence[Job]], list[Outcome]]
 """Preprocesses and segments jobs by a model."""
-NOTICE = "Research software, not a medical device: volumes and masks need a qualified person's review."
 
 
 def shadow(session: Session, night: Night, jobs: Sequence[Job], rules: NightRules, segment: Segment) -> None:
@@ -221,9 +223,7 @@ def _differing(root: Root, found: Shadow, pairs: Sequence[Pair], jobs: Sequence[
         sections.append(f"### {text(pair.case)}: {text(pair.label)}\n\n{figures} challenger.")
         job = held.get(pair.case)
         png = None if found.problem or job is None else _outlines(root, found, pair, job)
-        sections.append(picture(pair.case, png) if png else "*No picture: the scan or a mask is not at hand, or the")
-        if not png:
-            sections[-1] += " scan may have text in its pixels.*"
+        sections.append(picture(pair.case, png) if png else NO_PICTURE)
     return sections
 
 

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from flows.artifacts import artifact_key
 from flows.closing import close_night
+from flows.fields import CohortName
 from flows.night import Order, checked_model, expected, run_night
 from flows.plans import PlanSource, make_plan
 from flows.review import answered, apply
@@ -26,7 +27,6 @@ from workers.masks import MaskFormat
 from workers.rules import DEFAULT_RULES, NightRules
 
 # The form takes its texts from the docstrings of the flows.
-CohortName = Annotated[str, Field(min_length=1)]
 ModelReference = Annotated[str, Field(min_length=1)]
 PlanFile = Annotated[str, Field(min_length=1)]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from flows.automations import wanted
+from flows.automations import all_automations, wanted
 from flows.prefect_api import check_api
 from flows.pruning import client_of
 from flows.server import running_server
@@ -79,7 +79,7 @@ def prefect(root: Root, site: Site) -> Iterator[Check]:
         missing = [name for name in scheduled if not _has(client, name)]
         yield _there("deployments", len(site.nightly), missing)
         names = [automation.name for automation in wanted(site.nightly, None)]
-        enabled = {one.name for one in client.read_automations() if one.enabled}
+        enabled = {one.name for one in all_automations(client) if one.enabled}
         yield _there("automations", len(names), [name for name in names if name not in enabled])
 
 

@@ -11,14 +11,13 @@ from prefect.states import Completed
 from pydantic import BaseModel, Field
 
 from flows.artifacts import artifact_key
+from flows.fields import PersonName, Reason
 from flows.session import open_session
 from vnet_core.errors import VnetError
 from workers.harmless import one_line
 from workers.markdown import code, picture, table, text
 from workers.models import card_of, load_model
 from workers.registry import (
-    LONGEST_NAME,
-    LONGEST_REASON,
     aliases,
     challenge,
     history,
@@ -35,10 +34,6 @@ CURVES = ("loss.png", "dice.png")
 
 
 ModelName = Annotated[str, Field(title="Model", description="Name of the model, such as liver", min_length=1)]
-PersonName = Annotated[
-    str, Field(title="Your name", description="Kept in the model's history", min_length=1, max_length=LONGEST_NAME)
-]
-Reason = Annotated[str, Field(title="Why", description="Kept in the model's history", max_length=LONGEST_REASON)]
 
 
 class Person(BaseModel):

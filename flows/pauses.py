@@ -9,10 +9,10 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import Field
 
+from flows.fields import CohortName
 from flows.session import open_session
 from workers import pauses
 
-CohortName = Annotated[str, Field(min_length=1)]
 Person = Annotated[str, Field(min_length=1)]
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
-from pydantic import Field
 
+from flows.fields import CohortName
 from flows.session import open_session
 from workers import attempts
 from workers.cohort import load_cohort
-
-CohortName = Annotated[str, Field(min_length=1)]
 
 
 @flow(name="release-cases", flow_run_name="release cases of {cohort}", validate_parameters=True)

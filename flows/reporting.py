@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
-from pydantic import Field
 
+from flows.fields import CohortName
 from flows.pages import publish_night
 from flows.session import open_session
 from workers.masks import load_report
@@ -17,9 +17,7 @@ from workers.report import load_reporting, measuring, read_rows, reported_night,
 
 
 @flow(name="report-night", flow_run_name="report {cohort}", validate_parameters=True)
-def report_night_anew(
-    cohort: Annotated[str, Field(min_length=1)], night: str = "", measure: bool = False
-) -> State[Any]:
+def report_night_anew(cohort: CohortName, night: str = "", measure: bool = False) -> State[Any]:
     """Make the rows, flags and pages of a night anew, with the cohort's settings of today and without segmenting.
 
     Args:

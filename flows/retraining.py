@@ -13,7 +13,8 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import BaseModel, Field
 
-from flows.models import PersonName, Reason, publish_model
+from flows.fields import DEFAULT_MINUTES, PersonName, Reason
+from flows.models import publish_model
 from flows.session import open_session
 from flows.stages import preprocess_cases, usable
 from flows.tasks import refresh_cohort
@@ -29,8 +30,6 @@ from workers.registry import aliases, challenge, promote
 from workers.store import Root
 from workers.train import Training
 from workers.training_run import Budget
-
-DEFAULT_MINUTES = 10.0
 
 
 class Retraining(BaseModel):

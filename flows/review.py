@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 from uuid import UUID, uuid4
 
 from prefect import flow, get_client, get_run_logger, suspend_flow_run
@@ -22,6 +22,7 @@ from prefect.states import Completed
 from pydantic import BaseModel, Field, create_model
 
 from flows.artifacts import artifact_key
+from flows.fields import CohortName
 from flows.pages import publish_night
 from flows.session import Session, open_session
 from vnet_core.errors import ConfigError, VnetError
@@ -53,7 +54,6 @@ OptionWithoutMirrors = Literal["decide later", "accept", "reject", "send to trai
 CHOICES: dict[str, Choice] = dict(zip(get_args(Option)[1:], ("accept", "reject", "train", "mirror"), strict=True))
 
 Row = Mapping[str, Any]
-CohortName = Annotated[str, Field(min_length=1)]
 
 
 class Asked(BaseModel):

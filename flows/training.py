@@ -14,7 +14,7 @@ from prefect.states import Completed
 from pydantic import BaseModel, Field, model_validator
 
 from flows.artifacts import artifact_key, validation_page
-from flows.cohorts import CohortName
+from flows.fields import DEFAULT_MINUTES, CohortName
 from flows.models import publish_model
 from flows.plans import PlanSource, make_plan
 from flows.session import open_session
@@ -31,9 +31,6 @@ from workers.training_run import Budget, Run, TrainingProgress
 from workers.validations import Validation
 
 ModelName = Annotated[str, Field(min_length=1)]
-
-
-DEFAULT_MINUTES = 10.0
 
 
 class TrainingSettings(BaseModel):
@@ -79,7 +76,9 @@ class TrainingSettings(BaseModel):
         description="A model whose weights and plan the training starts from, such as liver@v2; empty: from nothing",
     )
     resume: bool = Field(
-        default=False, title="Resume", description="Go on with the newest unfinished training of this model"
+        default=False,
+        title="Resume",
+        description="Go on with the newest unfinished training of this model, with its own plan, folds and start",
     )
 
     @model_validator(mode="after")

@@ -108,15 +108,15 @@ def latest(root: Root, cohort: str, case: str, key: str) -> Decision | None:
     return _last(decisions(root, cohort, case), key)
 
 
-def review_of(root: Root, cohort: str, case: str, key: str, flagged: bool, gated: bool) -> tuple[Review, str, str]:
+def review_of(root: Root, cohort: str, case: str, key: str, asked: bool) -> tuple[Review, str, str]:
     """The columns ``review``, ``reviewed_by`` and ``reviewed_at`` of a result.
 
-    ``gated``: the night asks for a review of flagged results. A decision counts also where none was asked for.
+    ``asked``: the night asks for a review of it. A decision counts also where none was asked for.
     """
     decision = latest(root, cohort, case, key)
     if decision is not None:
         return decision.review, decision.by, decision.at
-    return ("awaiting" if flagged and gated else ""), "", ""
+    return ("awaiting" if asked else ""), "", ""
 
 
 def mirrored(root: Root, cohort: str) -> set[str]:

@@ -24,6 +24,7 @@ from workers.harmless import one_line
 from workers.store import Root
 
 Alias = Literal["champion", "challenger"]
+Action = Literal["promote", "challenge", "withdraw", "rollback"]
 ALIASES: tuple[Alias, ...] = ("champion", "challenger")
 
 LONGEST_NAME = 100
@@ -34,7 +35,7 @@ LONGEST_REASON = 2_000
 class Change:
     """One change of a model's aliases."""
 
-    action: Literal["promote", "challenge", "withdraw", "rollback"]
+    action: Action
     alias: Alias
     version: str
     """That the alias names from now on; empty: none."""
@@ -144,7 +145,7 @@ def _there(finished: Sequence[str], named: Mapping[str, str]) -> str:
 # --- changes
 
 
-def promote(root: Root, name: str, version: str, by: str, why: str, now: datetime | None = None) -> Change:
+def promote(root: Root, name: str, version: str, by: str, why: str) -> Change:
     """Make a version (or what an alias or `latest` stands for) the champion; a challenger that it was, it is no more.
 
     ConfigError ``model.unknown``, ``model.version``, ``model.alias``, or ``model.who`` without a person's name;
@@ -159,10 +160,10 @@ def promote(root: Root, name: str, version: str, by: str, why: str, now: datetim
         kept = {alias: held for alias, held in named.items() if held != chosen}
         return "champion", chosen, before, kept | {"champion": chosen}
 
-    return _record(root, name, "promote", decide, by, why, now)
+    return _record(root, name, "promote", decide, _signed(name, by, why))
 
 
-def challenge(root: Root, name: str, version: str, by: str, why: str = "", now: datetime | None = None) -> Change:
+def challenge(root: Root, name: str, version: str, by: str, why: str = "") -> Change:
     """Make a version the challenger, which takes the place of an earlier one.
 
     ConfigError ``model.alias`` when the model has no champion (``name`` would mean the newest version, which often is
@@ -180,10 +181,10 @@ def challenge(root: Root, name: str, version: str, by: str, why: str = "", now: 
             )
         return "challenger", chosen, named.get("challenger", ""), named | {"challenger": chosen}
 
-    return _record(root, name, "challenge", decide, by, why, now)
+    return _record(root, name, "challenge", decide, _signed(name, by, why))
 
 
-def withdraw(root: Root, name: str, by: str, why: str = "", now: datetime | None = None) -> Change:
+def withdraw(root: Root, name: str, by: str, why: str = "") -> Change:
     """Leave the model without a challenger; the version stays. ConfigError ``model.alias`` when there is none."""
 
     def decide(past: Sequence[Change]) -> tuple[Alias, str, str, dict[str, str]]:
@@ -192,10 +193,10 @@ def withdraw(root: Root, name: str, by: str, why: str = "", now: datetime | None
             raise ConfigError("model.alias", f"model {name} has no challenger; there is nothing to withdraw")
         return "challenger", "", named.pop("challenger"), named
 
-    return _record(root, name, "withdraw", decide, by, why, now)
+    return _record(root, name, "withdraw", decide, _signed(name, by, why))
 
 
-def rollback(root: Root, name: str, by: str, why: str = "", now: datetime | None = None) -> str:
+def rollback(root: Root, name: str, by: str, why: str = "") -> str:
     """Take the last promotion back that still stands; returns the version that is the champion again.
 
     Versions that are gone are passed over. ConfigError ``model.rollback`` when there is nothing to go back to.
@@ -216,7 +217,7 @@ def rollback(root: Root, name: str, by: str, why: str = "", now: datetime | None
         kept = {alias: held for alias, held in named.items() if held != chosen}
         return "champion", chosen, champion, kept | {"champion": chosen}
 
-    return _record(root, name, "rollback", decide, by, why, now).version
+    return _record(root, name, "rollback", decide, _signed(name, by, why)).version
 
 
 def _standing(past: Sequence[Change]) -> list[str]:
@@ -244,17 +245,16 @@ def _named(past: Sequence[Change]) -> dict[str, str]:
     return dict(past[-1].aliases) if past else {}
 
 
-def _record(
-    root: Root,
-    name: str,
-    action: Literal["promote", "challenge", "withdraw", "rollback"],
-    decide: Callable[[Sequence[Change]], tuple[Alias, str, str, dict[str, str]]],
-    by: str,
-    why: str,
-    now: datetime | None,
-) -> Change:
-    """Write the change that follows from what was before; decided again when somebody else was faster."""
-    check_name(name, "model")
+@dataclass(frozen=True, slots=True)
+class _Signed:
+    """Who changes something, and why."""
+
+    by: str
+    why: str
+
+
+def _signed(name: str, by: str, why: str) -> _Signed:
+    """Both as they are kept; ConfigError ``model.who``."""
     who, reason = one_line(by).strip(), one_line(why).strip()
     if not who or len(who) > LONGEST_NAME or len(reason) > LONGEST_REASON:
         raise ConfigError(
@@ -262,12 +262,27 @@ def _record(
             f"a change of model {name} needs the name of a person (got {len(who)} characters, 1 to {LONGEST_NAME} are"
             f" taken) and a reason of at most {LONGEST_REASON} characters (got {len(reason)})",
         )
+    return _Signed(who, reason)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _record(
+    root: Root,
+    name: str,
+    action: Action,
+    decide: Callable[[Sequence[Change]], tuple[Alias, str, str, dict[str, str]]],
+    signed: _Signed,
+) -> Change:
+    """Write the change that follows from what was before; decided again when somebody else was faster."""
     while True:
         keys = _objects(root, name)
         alias, version, before, after = decide([_read(root, key) for key in keys])
-        at = (now or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="seconds")
         ordered: dict[str, str] = {one: after[one] for one in ALIASES if one in after}
-        change = Change(action, alias, version, before, who, at, reason, ordered)
+        at = _now().isoformat(timespec="seconds")
+        change = Change(action, alias, version, before, signed.by, at, signed.why, ordered)
         number = int(keys[-1][-11:-5]) + 1 if keys else 1
         content = json.dumps(asdict(change), indent=1, ensure_ascii=False).encode()
         if root.create(f"models/{name}/history/{number:06d}.json", content):

@@ -251,8 +251,9 @@ def add_reviews(root: Root, cohort: str, rows: Mapping[str, list[Row]], gated: b
     for case, of_case in rows.items():
         result, flagged = of_case[0]["result"], any(row["flags"] for row in of_case)
         state, by, at = "", "", ""
-        if result is not None and (case in decided or (flagged and gated)):
-            state, by, at = review_of(root, cohort, case, result, flagged, gated)
+        asked = flagged and gated
+        if result is not None and (case in decided or asked):
+            state, by, at = review_of(root, cohort, case, result, asked)
         for row in of_case:
             row.update(review=state, reviewed_by=by, reviewed_at=at)
 

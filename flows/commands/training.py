@@ -74,7 +74,11 @@ def _train_arguments(parser: ArgumentParser) -> None:
         metavar="W|MIN:MAX",
         help="Ray workers that train together; a range: as many as there is room for",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the newest unfinished training")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the model's newest unfinished training, with its own plan, folds and start",
+    )
 
 
 def train(options: Namespace) -> Result:

@@ -90,9 +90,10 @@ def test_a_model_all_of_whose_versions_are_gone_is_unknown(root):
 # --- changes
 
 
-def test_a_promotion_says_who_when_why_and_what_was_before(root):
-    promote(root, "liver", "v1", "Ada", "the first", NIGHT)
-    change = promote(root, "liver", "v2", " Grace\n", "Dice 0.93 on new cases", NIGHT)
+def test_a_promotion_says_who_when_why_and_what_was_before(root, monkeypatch):
+    monkeypatch.setattr(registry, "_now", lambda: NIGHT)
+    promote(root, "liver", "v1", "Ada", "the first")
+    change = promote(root, "liver", "v2", " Grace\n", "Dice 0.93 on new cases")
     assert change == history(root, "liver")[-1]
     assert (change.action, change.alias, change.version, change.before) == ("promote", "champion", "v2", "v1")
     assert (change.by, change.why, change.at) == ("Grace", "Dice 0.93 on new cases", "2026-11-22T01:00:00+00:00")
