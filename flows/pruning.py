@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PREFIXES = ("night-", "volumes-", "query-")
 """Keys of the artifacts that get a version with every night or question; models keep theirs."""
 PAGE = 10
-"""Versions that are read at once: a report has up to 2 MB, and they come with all they hold."""
+"""Versions that are read at once: a report has up to 800 kB, and they come with all they hold."""
 
 
 def old_versions(api_url: str, days: int, now: datetime) -> int:

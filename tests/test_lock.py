@@ -59,3 +59,20 @@ def test_every_package_is_pinned_to_one_version() -> None:
     lines = (REPOSITORY / "requirements.lock").read_text("utf-8").splitlines()
     loose = [line for line in lines if line.strip() and not line.startswith(("#", "-")) and "==" not in line]
     assert loose == []
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern", "package"),
+    [
+        ("infra/kubernetes/base/ray.yaml", r"rayVersion: (\S+)", "ray"),
+        ("infra/prefect.yaml", r"prefect-version: (\S+)", "prefect"),
+    ],
+)
+def test_a_version_that_is_written_elsewhere_is_the_locked_one(file: str, pattern: str, package: str) -> None:
+    assert re.findall(pattern, (REPOSITORY / file).read_text("utf-8")) == [str(locked()[package])]
+
+
+def test_the_page_on_upgrades_names_this_version() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
+    page = (REPOSITORY / "docs" / "deploy.md").read_text("utf-8")
+    assert re.findall(r"git checkout v(\S+)", page) == [project["version"]]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 
 from flows.commands.care import DOCTOR, FSCK, GC, METRICS
-from flows.commands.command import Command, Result
+from flows.commands.command import Command, Result, no_arguments
 from flows.commands.data import FETCH, INGEST, LABEL
 from flows.commands.evaluation import EVALUATE
 from flows.commands.models import MODELS
@@ -20,10 +20,6 @@ from flows.commands.standing import PAUSE, QUARANTINE, RESUME
 from flows.commands.training import PLAN, PREPROCESS, TRAIN
 
 
-def _no_arguments(parser: ArgumentParser) -> None:
-    pass
-
-
 def _demo(options: Namespace) -> Result:
     from flows.demo import demo
 
@@ -31,7 +27,7 @@ def _demo(options: Namespace) -> Result:
 
 
 DEMO = Command(
-    "demo", "the whole way on a cohort made from a seed, in about two minutes on two cores", "api", _no_arguments, _demo
+    "demo", "the whole way on a cohort made from a seed, in about two minutes on two cores", "api", no_arguments, _demo
 )
 
 COMMANDS = {

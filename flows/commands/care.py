@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.command import Command, Result
+from flows.commands.command import Command, Result, no_arguments
 from flows.session import ROOT_VARIABLE, SITE_VARIABLE, open_session, utc_now
 from vnet_core.errors import EngineError
 
@@ -187,10 +187,6 @@ GC = Command("gc", "remove by rules what nothing refers to any more", "root", _g
 # --- doctor
 
 
-def _no_arguments(parser: ArgumentParser) -> None:
-    pass
-
-
 def doctor(options: Namespace) -> Result:
     """``vnet doctor``: exit code 3 when something is bad. It opens root and site itself, since they may be at fault."""
     from flows.prefect_settings import prefect_environment
@@ -227,7 +223,7 @@ def _as_row(check: Check) -> dict[str, Any]:
 
 
 DOCTOR = Command(
-    "doctor", "whether this machine, its storage and its services can do the work", "nothing", _no_arguments, doctor
+    "doctor", "whether this machine, its storage and its services can do the work", "nothing", no_arguments, doctor
 )
 
 

@@ -23,6 +23,10 @@ class Result:
     """Further keys of the JSON document."""
 
 
+def no_arguments(parser: ArgumentParser) -> None:
+    """Of a command without arguments of its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Command:
     """One command. What it needs beyond parsing is imported when it runs."""

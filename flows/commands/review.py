@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from typing import Any, get_args
 
 from flows.commands.command import Command, Result
 from flows.commands.tables import text_table
 from flows.session import Session, open_session
 from vnet_core.errors import ConfigError
-
-CHOICES = ("accept", "reject", "mirror", "train")
+from workers.decisions import Choice
 
 
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("action", choices=("list", "decide", "correct"))
     parser.add_argument("--cohort", required=True, metavar="NAME")
     parser.add_argument("--case", metavar="ID", help="decide, correct: the case")
-    parser.add_argument("--choice", choices=CHOICES, help="decide: what shall become of its mask")
+    parser.add_argument("--choice", choices=get_args(Choice), help="decide: what shall become of its mask")
     parser.add_argument("--by", metavar="NAME", help="decide, correct: who you are; goes into the record")
     parser.add_argument("--note", default="", metavar="TEXT", help="decide: goes into the record")
     parser.add_argument("--correction", metavar="FILE", help="decide --choice train: the corrected mask")
@@ -101,7 +100,7 @@ _COLUMNS = ("case", "review", "flags", "reviewed_by", "reviewed_at")
 def _decide(session: Session, options: Namespace) -> Result:
     from flows.review import mirrorable, newest_rows, result_of
     from workers.corrections import confirm, correct, training_manifest
-    from workers.decisions import Choice, Decision, checked, record
+    from workers.decisions import Decision, checked, record
     from workers.delivery import follow_up
 
     root, cohort, case = session.root, options.cohort, options.case
