@@ -69,7 +69,7 @@ class ServerProcess:
         """Whether the process still runs."""
         return self._process.poll() is None
 
-    def wait_untilis_healthy(self) -> None:
+    def wait_until_healthy(self) -> None:
         """Return once the API answers.
 
         Raises EngineError ``prefect.server-start`` with the end of the log when the process ends first, or after 60 s.
@@ -126,7 +126,7 @@ def start_server(home: Path, port: int) -> ServerProcess:
     """
     server = _launch(home, port, with_ui=True)
     try:
-        server.wait_untilis_healthy()
+        server.wait_until_healthy()
         _close_orphans(server, home)
     except BaseException:
         server.stop()
@@ -146,7 +146,7 @@ class LocalApi:
     def wait_until_ready(self) -> None:
         """Return once the API answers; EngineError ``prefect.server-start`` when it cannot."""
         if self.server is not None:
-            self.server.wait_untilis_healthy()
+            self.server.wait_until_healthy()
             _close_orphans(self.server, self.home)
 
 
