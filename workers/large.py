@@ -24,6 +24,7 @@ from vnet_core.slabs import clean_slabs, planes_of
 from vnet_core.spread import Spread, class_cleanings, spread_of_slabs
 from workers.arrays import StoredArray, create_array
 from workers.large_masks import clean_stored
+from workers.ledger import memory_refused
 from workers.masks import label_values
 from workers.store import Root
 
@@ -80,8 +81,7 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, MemoryLimitError):
         return error.code in ("segment.memory", "memory.portion")
-    # what torch's allocator for processors raises
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+    return memory_refused(error)
 
 
 def segment_in_portions(work: Work, tile: Shape | None) -> Large:

@@ -116,7 +116,7 @@ def nameless(what: str) -> Iterator[None]:
     except VnetError:
         raise
     except Exception as error:
-        if _is_out_of_memory(error):
+        if memory_refused(error):
             raise MemoryLimitError(
                 "engine.memory",
                 f"{what} was refused memory (the process had up to {process_peak_bytes() / 2**30:.1f} GiB); use fewer"
@@ -130,7 +130,7 @@ def nameless(what: str) -> Iterator[None]:
         ) from None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def memory_refused(error: BaseException) -> bool:
     """Whether an allocation of Python, NumPy, the system or torch on the processor was refused, or the stack of a
     thread."""
     # neither has a class of its own

@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 from vnet_core.errors import ConfigError, ScanError
 from vnet_core.plan import digest_of
 from workers.buckets import Bucket
+from workers.locks import alone
 from workers.objects import Stored
 from workers.store import FETCHED_AT_ONCE, Root
 
@@ -57,12 +58,14 @@ def mirrored(private: Root, source: str) -> Path:
     folder = private.home / mirror_key(source)
     with private.room():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # half-fetched files of another process would be taken for what has left the bucket
+    with private.room(), alone(folder.with_name(f".{folder.name}.lock")):
         wanted = {folder / stored.key.removeprefix(start): stored for stored in found}
         _remove_others(folder, set(wanted))
         with ThreadPoolExecutor(FETCHED_AT_ONCE) as threads:
             list(threads.map(lambda pair: _bring(bucket, *pair), wanted.items()))
-    alone = found[0].key == unquote(urlsplit(source).path).strip("/")
-    return folder / found[0].key.removeprefix(start) if alone else folder
+    is_one = found[0].key == unquote(urlsplit(source).path).strip("/")
+    return folder / found[0].key.removeprefix(start) if is_one else folder
 
 
 def _look(source: str) -> tuple[Bucket, str, list[Stored]]:

@@ -86,7 +86,7 @@ class Segmenter:
 
         from workers.dicom.derived import Algorithm
         from workers.large import IN_PORTIONS, SMALLER_TILE, out_of_memory
-        from workers.large_masks import LargeMask, publish_large_mask
+        from workers.large_masks import publish_large_mask
 
         plan, case, costs = plan_of(job, self.model), job.case, Costs()
         key = key_of(job, self.model)
@@ -134,10 +134,8 @@ class Segmenter:
         drift = drift_of(self.root, volume, self.model.facts)
         if large is not None:
             provenance |= large.facts() | ({"warnings": notes} if notes else {})
-            parts = (case, large.values, plan, job.mask_format, algorithm, provenance)
-            limit_bytes = int(plan.inference.memory_limit_gib * 2**30)
-            large_mask = LargeMask(*parts, large.spread, drift, limit_bytes)
-            publish_large_mask(self.root, key, large_mask, lambda: self._last_words(job, costs))
+            stored = Mask(case, large.values, plan, job.mask_format, algorithm, provenance, large.spread, drift)
+            publish_large_mask(self.root, key, stored, lambda: self._last_words(job, costs))
         elif found is not None:
             mask = Mask(case, found[0], plan, job.mask_format, algorithm, provenance, found[1], drift)
             publish_mask(self.root, key, mask, lambda: self._last_words(job, costs))

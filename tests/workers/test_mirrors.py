@@ -1,5 +1,6 @@
 """Sources in a bucket of a real S3 server: brought once, kept in step, and never beyond their folder."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_a_copy_follows_its_prefix(bucket: Root, private: Root) -> None:
     mirrored(private, f"{bucket.url}/day")
     assert files(folder) == {"a.nii": b"one", "new.nii": b"three"}
     assert not (folder / "deep").exists()
+
+
+def test_two_that_look_at_once_do_not_disturb_each_other(bucket: Root, private: Root) -> None:
+    for number in range(12):
+        bucket.put(f"day/{number}.nii", bytes([number]) * 3_000_000)
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda _: mirrored(private, f"{bucket.url}/day"), range(3)))
+    assert len(set(found)) == 1
+    assert files(found[0]) == {f"{number}.nii": bytes([number]) * 3_000_000 for number in range(12)}
+    assert private.names("mirrors") == [found[0].name]
 
 
 def test_one_object_is_a_file(bucket: Root, private: Root) -> None:

@@ -91,6 +91,17 @@ def test_a_case_that_is_done_again_finds_its_receipt(scans, tmp_path: Path) -> N
     assert root.get(f"{volume_key(case, PLAN)}/receipt.json") == receipt
 
 
+def test_a_damaged_receipt_stops_nobody_and_its_volume_is_made_again(scans, tmp_path: Path) -> None:
+    root, some = Root(tmp_path / "root"), scans[:2]
+    with ThreadPoolExecutor(1) as executor:
+        preprocess(root, some, PLAN, executor)
+        before = volumes(root)
+        root.put(f"{volume_key(some[0], PLAN)}/receipt.json", b"")
+        again = preprocess(root, some, PLAN, executor)
+    assert [outcome.state for outcome in again] == ["computed", "cached"]
+    assert volumes(root) == before
+
+
 def test_no_more_is_waited_for_than_there_is_time_for(scans, tmp_path: Path) -> None:
     root = Root(tmp_path / "root")
     with ThreadPoolExecutor(1) as executor:

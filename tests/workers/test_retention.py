@@ -240,6 +240,16 @@ def test_what_died_runs_left_goes_without_a_rule(root: Root) -> None:
 # --- care
 
 
+def test_what_a_run_has_finished_since_it_was_found_stays(root: Root) -> None:
+    root.put("results/liver/c/late/mask.nii.gz", b"half")
+    age(root, "results/liver/c", ago(90))
+    found = spares(root, KEEP_EVERYTHING, NOW)
+    assert kinds(found) == [("unfinished", "results/liver/c/late")]
+    root.seal("results/liver/c/late", {})
+    assert collect(root, found) == []
+    assert root.damaged("results/liver/c/late") == []
+
+
 def test_nothing_goes_while_a_run_is_at_work(root: Root) -> None:
     process = psutil.Process()
     beat = datetime.now(UTC).isoformat()
