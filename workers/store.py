@@ -81,7 +81,7 @@ class Root:
         return f"{self.shown}/{_checked(key)}"
 
     def probe(self) -> None:
-        """Write, read, refuse to overwrite and delete one small object.
+        """Write, read, look for, refuse to overwrite and delete one small object.
 
         StorageError ``store.unwritable``, ``store.full``, ``store.denied``, ``store.unavailable`` or
         ``store.no-bucket`` says what failed, and ``store.overwrites`` that exclusive writes do not exist there.
@@ -90,6 +90,8 @@ class Root:
         try:
             self.put(key, b"probe")
             exclusive = not self.create(key, b"other")
+            kept = self.get(key) == b"probe" or not exclusive
+            self.exists(f"{key}-none")  # a listing
             self.delete(key)
         except StorageError:
             raise
@@ -99,6 +101,12 @@ class Root:
                 f"the storage root {self.shown} cannot be written ({error.strerror or error}); choose another with"
                 " --root or VNET_ROOT, or mend its permissions",
             ) from error
+        if not kept:
+            raise StorageError(
+                "store.unwritable",
+                f"the storage root {self.shown} does not give back what was written; check what lies between, or choose"
+                " another with --root or VNET_ROOT",
+            )
         if not exclusive:
             raise StorageError(
                 "store.overwrites",

@@ -19,7 +19,7 @@ import pytest
 
 from tests.files import file_of
 from vnet_core.errors import ConfigError, StorageError
-from workers.folders import raise_if_full
+from workers.folders import Folder, raise_if_full
 from workers.store import RECEIPT, Root, file_digest
 
 REPOSITORY = Path(__file__).parents[2]
@@ -220,6 +220,14 @@ def test_only_a_full_disk_is_called_full(tmp_path):
 
 def test_probe_leaves_nothing_behind(root):
     root.probe()
+    assert everything_under(root.home) == []
+
+
+def test_probe_finds_a_place_that_gives_back_something_else(root, monkeypatch):
+    monkeypatch.setattr(Folder, "get", lambda place, key: b"")
+    with pytest.raises(StorageError, match="does not give back") as caught:
+        root.probe()
+    assert caught.value.code == "store.unwritable"
     assert everything_under(root.home) == []
 
 
