@@ -11,6 +11,7 @@ import numpy as np
 
 from vnet_core.geometry import Geometry, same_grid, to_canonical, world_mm
 from vnet_core.plan import Label, Plan
+from vnet_core.sections import Cleaning
 from vnet_core.slabs import Measured, clean_slabs, measure_slabs
 from workers.arrays import CHUNK_EDGE, StoredArray, create_ome_labels
 from workers.masks import (
@@ -36,9 +37,9 @@ PICTURE_BYTES = 8
 """Per voxel, for scan and mask while a picture is made of them."""
 
 
-def clean_stored(values: StoredArray, plan: Plan, voxel_ml: float) -> None:
-    """Clean a stored label map (Z, Y, X) as the plan says, in place."""
-    clean_slabs(_reader(values), _writer(values), _shape(values), voxel_ml, plan.inference.cleaning)
+def clean_map(values: StoredArray, voxel_ml: float, cleanings: Sequence[Cleaning]) -> None:
+    """Clean a stored label map (Z, Y, X) in place."""
+    clean_slabs(_reader(values), _writer(values), _shape(values), voxel_ml, cleanings)
 
 
 def publish_large_mask(root: Root, key: str, mask: Mask[StoredArray], last_words: LastWords = dict[str, Any]) -> None:
