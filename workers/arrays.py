@@ -6,8 +6,9 @@ writer writes a whole shard, so a lost or damaged chunk is an error and never re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
 
@@ -39,6 +40,31 @@ def write_arrays(root: Root, prefix: str, arrays: dict[str, np.ndarray], attribu
         group = zarr.open_group(zarr_store(root, prefix), mode="w", zarr_format=3, attributes=attributes)
         for name, array in arrays.items():
             _write(group, name, array)
+
+
+@dataclass(frozen=True, slots=True)
+class InSlabs:
+    """An array (..., Z, Y, X) of which some planes are made at a time."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    planes: Callable[[slice], np.ndarray]
+    """Makes planes along z."""
+
+
+def write_in_slabs(
+    root: Root, prefix: str, arrays: Mapping[str, InSlabs], attributes: dict[str, Any], planes: int
+) -> None:
+    """As :func:`write_arrays`, so many planes along z at a time; the files are the same."""
+    root.delete(prefix)
+    step = planes // CHUNK_EDGE * CHUNK_EDGE or planes  # else chunks would be written twice
+    with root.room():
+        group = zarr.open_group(zarr_store(root, prefix), mode="w", zarr_format=3, attributes=attributes)
+        for name, array in arrays.items():
+            target = _create(group, name, array.shape, array.dtype, _usual(array.shape))
+            for start in range(0, array.shape[-3], step):
+                wanted = slice(start, min(start + step, array.shape[-3]))
+                target[..., wanted, :, :] = array.planes(wanted)
 
 
 def _write(group: zarr.Group, name: str, array: np.ndarray, dimension_names: Sequence[str] | None = None) -> None:
