@@ -230,7 +230,7 @@ def _unfinished(folder: Path) -> tuple[int, Path]:
         try:
             _make(folder)
             handle, name = tempfile.mkstemp(dir=folder, prefix=UNFINISHED)
-        except FileNotFoundError:  # somebody who tidies up has taken the empty folder away in between
+        except (FileNotFoundError, FileExistsError):  # somebody who tidies up takes the empty folder away in between
             if not tries_left:
                 raise
         else:

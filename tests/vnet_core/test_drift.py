@@ -63,7 +63,7 @@ def test_a_large_channel_is_sampled_and_a_channel_of_one_value_has_it(monkeypatc
     monkeypatch.setattr(module, "SAMPLED", 8_000)
     assert np.allclose(profile(scan(values), Sample.of(values))["intensities"], whole["intensities"], atol=1.0)
     flat = np.full((1, 4, 4, 4), 7.0)
-    assert profile(scan(flat), flat)["normalised"] == [[7.0] * 5]
+    assert profile(scan(flat), Sample.of(flat))["normalised"] == [[7.0] * 5]
 
 
 def test_a_few_training_scans_make_no_ranges():
@@ -126,7 +126,7 @@ def test_scans_of_one_kind_do_not_drift_and_another_kind_does():
     def made(level: float, spacing_z: float) -> dict:
         voxels = rng.normal(level, 40, (1, 12, 14, 16)).astype(np.float32)
         image = scan(voxels, (spacing_z, 1.0, 1.0))
-        return profile(image, prepare(image, None, settings.preprocess).image)
+        return profile(image, Sample.of(prepare(image, None, settings.preprocess).image))
 
     ranges = model_profile([made(rng.normal(60, 5), rng.uniform(1.0, 1.5)) for _ in range(30)], settings)
     assert sum(bool(drift(made(rng.normal(60, 5), rng.uniform(1.0, 1.5)), ranges)) for _ in range(40)) <= 1
