@@ -10,7 +10,7 @@ import numpy as np
 from vnet_core.errors import ScanError
 from vnet_core.geometry import Geometry, Reorientation, Shape, cropped, to_canonical
 
-SLAB_VOXELS = 1 << 22
+SLAB_VOXELS = 1 << 20
 """Voxels of a volume that are looked at together while something is found of all of them."""
 
 
