@@ -238,7 +238,14 @@ class Bucket:
                 f"the object store refuses {key or 'the root'} in {self.url} ({_code(error)}); give this machine's"
                 " identity leave to list, read, write and delete there, or mend its AWS credentials",
             ) from None
+        except obstore.exceptions.InvalidPathError:
+            raise StorageError(
+                "store.key",
+                f"an object of {self.url} at or below {key or 'the root'} has a name that is no path, with empty or"
+                " dotted parts; rename it",
+            ) from None
         except (obstore.exceptions.BaseError, OSError) as error:
+            self._refuse_missing_bucket(error)
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the system's own, of a file of this machine
             raise StorageError(
@@ -247,7 +254,7 @@ class Bucket:
                 f" was asked for {RETRY_S:.0f} s; run again when it does",
             ) from None
 
-    def _refuse_missing_bucket(self, error: FileNotFoundError) -> None:
+    def _refuse_missing_bucket(self, error: Exception) -> None:
         if _code(error) == "NoSuchBucket":
             raise StorageError(
                 "store.no-bucket", f"there is no bucket {self.bucket}; make it, or name another"
@@ -344,6 +351,8 @@ def _told_by_boto(url: str) -> Iterator[None]:
         yield
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "unknown")
+        if code == "NoSuchBucket":
+            raise StorageError("store.no-bucket", f"there is no bucket for {url}; make it, or name another") from None
         if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500:
             raise _silent(url, code) from None
         raise StorageError(

@@ -69,10 +69,13 @@ def mirrored(private: Root, source: str) -> Path:
 
 
 def _look(source: str) -> tuple[Bucket, str, list[Stored]]:
-    """The bucket, what the keys of the source's objects begin with, and these objects."""
+    """The bucket, what the keys of the source's objects begin with, and these objects.
+
+    What consoles make to show an empty folder is listed under the folder's own name, and is no object of that name.
+    """
     parts = urlsplit(source)
     bucket, prefix = Bucket(parts.netloc, ""), unquote(parts.path).strip("/")
-    found = [stored for stored in bucket.walk(prefix) if not stored.key.endswith("/")]
+    found = [stored for stored in bucket.walk(prefix) if stored.size or bucket.is_object(stored.key)]
     above = prefix.rpartition("/")[0] if [stored.key for stored in found] == [prefix] else prefix
     start = f"{above}/" if above else ""
     unsafe = [stored for stored in found if not _is_safe(stored.key.removeprefix(start))]

@@ -49,6 +49,21 @@ def test_a_copy_follows_its_prefix(bucket: Root, private: Root) -> None:
     assert not (folder / "deep").exists()
 
 
+def test_folders_that_a_console_has_made_are_no_scans(bucket: Root, private: Root, writable_store: ObjectStore) -> None:
+    client, prefix = writable_store.client(), bucket.url.removeprefix("s3://tests/")
+    made = {"day/": b"", "day/deep/": b"", "day/empty/": b"", "day/a b#1%20é~.nii": b"odd"}
+    bucket.put("day/deep/b.nii", b"two")
+    bucket.put("day/nothing.nii", b"")
+    for name, content in made.items():
+        client.put_object(Bucket="tests", Key=f"{prefix}/{name}", Body=content)
+    try:
+        folder = mirrored(private, f"{bucket.url}/day")
+    finally:  # others empty the bucket by keys of ours
+        for name in reversed(made):
+            client.delete_object(Bucket="tests", Key=f"{prefix}/{name}")
+    assert files(folder) == {"deep/b.nii": b"two", "nothing.nii": b"", "a b#1%20é~.nii": b"odd"}
+
+
 def test_two_that_look_at_once_do_not_disturb_each_other(bucket: Root, private: Root) -> None:
     for number in range(12):
         bucket.put(f"day/{number}.nii", bytes([number]) * 3_000_000)

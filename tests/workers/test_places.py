@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
+import obstore
 import pytest
 from botocore.exceptions import ClientError
 
@@ -235,10 +236,18 @@ def test_a_wrong_secret_is_refused_and_repeated_nowhere(writable_store, monkeypa
 def test_a_bucket_that_is_not_there_is_named(writable_store, monkeypatch):
     use_identity(writable_store, monkeypatch, READER)
     root = Root("s3://there-is-none-of-this-name")
-    for ask in (root.get, root.names, root.is_object, root.exists, lambda key: list(root.walk(key))):
+    asked = (root.get, root.names, root.exists, lambda key: list(root.walk(key)))
+    for ask in (*asked, lambda _: list(root.place.leftovers())):
         with pytest.raises(StorageError) as told:
             ask("a")
         assert told.value.code == "store.no-bucket"
+
+
+def test_an_object_whose_name_is_no_path_is_not_a_silent_store(writable_store):
+    root = Root(writable_store.new_root())
+    with pytest.raises(StorageError, match="no path") as told, root.place._answers("a"):
+        raise obstore.exceptions.InvalidPathError("a//b")
+    assert told.value.code == "store.key"
 
 
 def test_an_unfinished_upload_that_is_gone_is_no_error(writable_store):
