@@ -188,8 +188,10 @@ class Segmenter:
 
         plan = plan_of(job, self.model)
         volume, grid, scan_grid = self._ready(job, plan)
+        if self._fits_whole(plan, grid.shape, scan_grid.shape):
+            return None
         tile = tile_of_portions(plan, grid.shape, self.precision.itemsize)
-        if tile is None or self._fits_whole(plan, grid.shape, scan_grid.shape):
+        if tile is None:
             return None
         check_format(job.case, job.mask_format)
         with self._sound(volume):
