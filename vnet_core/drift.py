@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,37 @@ _PER_CHANNEL = {"intensities": "intensity", "normalised": "normalised intensity"
 _PER_AXIS = {"spacing_mm": "spacing", "extent_mm": "extent"}
 
 
-def profile(image: Volume, normalised: np.ndarray) -> Profile:
-    """The figures of one scan: voxels (C, Z, Y, X) as they came, and the same channels on the network's grid.
+class Sample:
+    """Some voxels of channels (C, Z, Y, X) of a shape, of which planes are added from the first on."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._step = max(1, int(np.ceil((prod(shape[1:]) / SAMPLED) ** (1 / 3))))
+        self._lowest: list[np.ndarray] = []
+        self._planes: list[np.ndarray] = []
+        self._seen = 0
+
+    @classmethod
+    def of(cls, voxels: np.ndarray) -> Sample:
+        """Of all planes at once."""
+        sample = cls(voxels.shape)
+        sample.add(voxels)
+        return sample
+
+    def add(self, planes: np.ndarray) -> None:
+        """The next planes (C, n, Y, X)."""
+        self._lowest.append(planes.min(axis=(1, 2, 3)))
+        first = -self._seen % self._step
+        self._planes.append(planes[:, first :: self._step, :: self._step, :: self._step].copy())
+        self._seen += planes.shape[1]
+
+    def percentiles(self) -> list[list[float]]:
+        """Of every channel's foreground."""
+        lowest, voxels = np.min(self._lowest, axis=0), np.concatenate(self._planes, axis=1)
+        return [_percentiles(channel, low) for channel, low in zip(voxels, lowest, strict=True)]
+
+
+def profile(image: Volume, normalised: Sample) -> Profile:
+    """The figures of one scan: voxels (C, Z, Y, X) as they came, and a sample of its channels on the network's grid.
 
     Foreground is what lies above a channel's minimum, as for the normalisation.
     """
@@ -46,15 +76,13 @@ def profile(image: Volume, normalised: np.ndarray) -> Profile:
     return {
         "spacing_mm": [_rounded(mm) for mm in grid.spacing_mm],
         "extent_mm": [_rounded(n * mm) for n, mm in zip(grid.shape, grid.spacing_mm, strict=True)],
-        "intensities": [_percentiles(channel) for channel in image.voxels],
-        "normalised": [_percentiles(channel) for channel in normalised],
+        "intensities": Sample.of(image.voxels).percentiles(),
+        "normalised": normalised.percentiles(),
     }
 
 
-def _percentiles(voxels_ZYX: np.ndarray) -> list[float]:
-    step = max(1, int(np.ceil((voxels_ZYX.size / SAMPLED) ** (1 / 3))))
-    sample = voxels_ZYX[::step, ::step, ::step]
-    foreground = sample[sample > voxels_ZYX.min()]
+def _percentiles(sample: np.ndarray, lowest: float) -> list[float]:
+    foreground = sample[sample > lowest]
     # a channel of which no sampled voxel is above the minimum has one value as far as this can see
     values = foreground if foreground.size else sample
     return [_rounded(value) for value in np.percentile(values.astype(np.float64), PERCENTILES)]

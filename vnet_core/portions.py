@@ -132,6 +132,14 @@ class Portions:
         return Region((a, b, c), (z, y, x))
 
 
+def undivided(plan: Plan, grids: tuple[Geometry, Geometry], tile: Shape | None, passes: int) -> Portions:
+    """A scan as :func:`divided` has it, without the edges of its portions and what they take."""
+    network_grid, scan_grid = grids
+    turn, canonical_grid = to_canonical(scan_grid)
+    at = coordinates(network_grid, canonical_grid)
+    return Portions(plan, network_grid.shape, scan_grid.shape, at, turn, tile, passes)
+
+
 def divided(
     plan: Plan,
     grids: tuple[Geometry, Geometry],
@@ -146,10 +154,8 @@ def divided(
     machine to machine, since portions decide no voxel. Raises MemoryLimitError ``memory.portion`` where the smallest is
     too much.
     """
-    network_grid, scan_grid = grids
-    turn, canonical_grid = to_canonical(scan_grid)
-    at = coordinates(network_grid, canonical_grid)
-    whole = Portions(plan, network_grid.shape, scan_grid.shape, at, turn, tile, passes)
+    whole = undivided(plan, grids, tile, passes)
+    turn, scan_shape = whole.turn, whole.scan_shape
     choices = [_choices(whole, axis) for axis in range(3)]
     best: tuple[int, int, Shape] | None = None
     least = 0
@@ -166,11 +172,11 @@ def divided(
     if best is None:
         raise MemoryLimitError(
             "memory.portion",
-            f"the smallest portion of a scan of {scan_grid.shape} voxels, {plan.outputs} outputs, needs"
+            f"the smallest portion of a scan of {scan_shape} voxels, {plan.outputs} outputs, needs"
             f" {least / GIB:.2f} GiB, {limit_bytes / GIB:.2f} GiB are allowed; raise inference.memory_limit_gib,"
             " or free memory",
         )
-    return replace(whole, edges=best[2], peak_bytes=max(best[1], working_bytes(scan_grid.shape)))
+    return replace(whole, edges=best[2], peak_bytes=max(best[1], working_bytes(scan_shape)))
 
 
 @dataclass(frozen=True, slots=True)

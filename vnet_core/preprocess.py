@@ -6,6 +6,8 @@ everything that is needed is the geometry of the two grids.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,22 +18,16 @@ from vnet_core.decide import Decision
 from vnet_core.errors import ScanError
 from vnet_core.geometry import ANISOTROPIC, Geometry, check_label_grid, to_canonical
 from vnet_core.geometry import resampled as resampled_geometry
-from vnet_core.resample import (
-    Coordinates,
-    averaged,
-    coordinates,
-    decided,
-    labels,
-    nearest,
-    nearest_labels,
-)
+from vnet_core.resample import averaged, coordinates, decided, labels, nearest, nearest_labels, planes_for
 from vnet_core.sections import PreprocessPlan
-from vnet_core.volume import Volume, canonical, crop, foreground_box
+from vnet_core.volume import Volume, canonical, crop, foreground_box, slabs_of
 
 BIAS_MM = 4.0
 """Voxels of the copy on which the bias field is found."""
 BIAS_FEWEST = 16
 """But at least so many along each axis, where the scan has them."""
+SLAB_COPIES = 7
+"""Times that the planes of a slab are held as float32 while they are interpolated along three axes and written."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +45,18 @@ class Prepared:
 def prepare(image: Volume, label: Volume | None, plan: PreprocessPlan) -> Prepared:
     """An image (C, Z, Y, X) and perhaps its label (1, Z, Y, X) of the same grid, on the network's grid.
 
+    Errors as :func:`planned`.
+    """
+    preparation = planned(image, label, plan)
+    everything = slice(0, preparation.geometry.shape[0])
+    target = None if label is None else preparation.label(everything)
+    return Prepared(preparation.image(everything), target, preparation.geometry)
+
+
+def planned(image: Volume, label: Volume | None, plan: PreprocessPlan) -> Preparation:
+    """What must be known of all of an image (C, Z, Y, X), and perhaps its label (1, Z, Y, X) of the same grid, before a
+    part of it can be prepared. Without a bias field only slabs are held beside the image.
+
     Raises ScanError ``label.grid`` when the label lies on another grid and ``scan.constant`` when a channel has one
     value everywhere, so that no intensity scale exists.
     """
@@ -58,27 +66,57 @@ def prepare(image: Volume, label: Volume | None, plan: PreprocessPlan) -> Prepar
     start, stop = foreground_box(scan.voxels) if plan.crop_foreground else ((0, 0, 0), scan.geometry.shape)
     if plan.bias_field == "n4":
         scan = without_bias(scan)
-    scan = crop(Volume(normalise(scan.voxels, plan), scan.geometry), start, stop)
-    grid = resampled_geometry(scan.geometry, plan.spacing_mm)
-    at = coordinates(scan.geometry, grid)
-    voxels = _resampled(scan, at, plan)
-    target = None
-    if label is not None:
-        values = np.ascontiguousarray(crop(canonical(label)[0], start, stop).labels)
-        target = nearest_labels(values, at) if plan.label_interpolation == "nearest" else labels(values, at)
-    return Prepared(voxels, target, grid)
+    scales = tuple(_scale(source, channel, plan) for channel, source in enumerate(scan.voxels))
+    scan = crop(scan, start, stop)
+    target = None if label is None else crop(canonical(label)[0], start, stop).labels
+    return Preparation(scan, target, plan, scales, resampled_geometry(scan.geometry, plan.spacing_mm))
 
 
-def _resampled(scan: Volume, at: Coordinates, plan: PreprocessPlan) -> np.ndarray:
-    """Voxels (C, Z, Y, X), float32, on the plan's spacing."""
-    spacing = scan.geometry.spacing_mm
-    step = [new / old for new, old in zip(plan.spacing_mm, spacing, strict=True)]
-    if plan.interpolation == "anisotropic":
-        for axis in range(3):
-            if spacing[axis] > ANISOTROPIC * min(spacing):
-                at, step[axis] = nearest(at, axis), 1.0
-    values = torch.from_numpy(np.ascontiguousarray(scan.voxels))
-    return np.ascontiguousarray(averaged(values, at, step).numpy())
+@dataclass(frozen=True, slots=True, eq=False)
+class Preparation:
+    """A scan that is brought onto the network's grid, of which any planes along z can be had: each alone has the voxels
+    that it has among all, to the last bit."""
+
+    scan: Volume
+    """(C, Z, Y, X), canonical axes, cropped, as stored; a view."""
+    labels: np.ndarray | None
+    """(Z, Y, X), on the same grid."""
+    plan: PreprocessPlan
+    scales: tuple[tuple[float, float], ...]
+    """Of each channel what is subtracted, and by what it is divided then."""
+    geometry: Geometry
+    """The network's grid."""
+
+    def image(self, planes: slice) -> np.ndarray:
+        """Planes (C, n, Y, X) of the image, float32, normalised."""
+        at, step = coordinates(self.scan.geometry, self.geometry), self._step()
+        if self.plan.interpolation == "anisotropic":
+            spacing = self.scan.geometry.spacing_mm
+            for axis in range(3):
+                if spacing[axis] > ANISOTROPIC * min(spacing):
+                    at, step[axis] = nearest(at, axis), 1.0
+        part = planes_for(at, step, self.scan.geometry.shape[0], planes)
+        values = torch.from_numpy(_scaled(self.scan.voxels[:, part.held], self.scales, self.plan))
+        return np.ascontiguousarray(averaged(values, at, step, part).numpy())
+
+    def label(self, planes: slice) -> np.ndarray:
+        """Planes (n, Y, X) of the label map."""
+        assert self.labels is not None, "a case without a label has none"
+        at = coordinates(self.scan.geometry, self.geometry)
+        if self.plan.label_interpolation == "nearest":
+            return nearest_labels(self.labels, at, planes)
+        return labels(self.labels, at, planes)
+
+    def planes_within(self, limit_bytes: int) -> int:
+        """Planes that can be had at once within a limit of memory, at least one."""
+        _, y, x = self.scan.geometry.shape
+        _, target_y, target_x = self.geometry.shape
+        per_plane = SLAB_COPIES * 4 * len(self.scan.voxels) * max(y * x, target_y * target_x)
+        return max(1, int(limit_bytes / (per_plane * max(1.0, self._step()[0]))))
+
+    def _step(self) -> list[float]:
+        """Distance of target voxels along (z, y, x) in source voxels."""
+        return [new / old for new, old in zip(self.plan.spacing_mm, self.scan.geometry.spacing_mm, strict=True)]
 
 
 def without_bias(scan: Volume) -> Volume:
@@ -128,15 +166,19 @@ def normalise(voxels: np.ndarray, plan: PreprocessPlan) -> np.ndarray:
     `zscore` uses the voxels above the channel's minimum, which leaves out a padded or masked border. Raises ScanError
     ``scan.constant`` where a scale needs two values and a channel has one.
     """
+    return _scaled(voxels, [_scale(source, channel, plan) for channel, source in enumerate(voxels)], plan)
+
+
+def _scaled(voxels: np.ndarray, scales: Sequence[tuple[float, float]], plan: PreprocessPlan) -> np.ndarray:
     result = np.empty(voxels.shape, np.float32)
-    for channel, (source, target) in enumerate(zip(voxels, result, strict=True)):
-        offset, scale = _scale(source, channel, plan)
+    for source, target, (offset, scale) in zip(voxels, result, scales, strict=True):
         if plan.intensity in ("window", "percentiles"):
             np.clip(source, *plan.window, out=target, casting="unsafe")
             target -= offset
             target /= scale
         else:
-            target[...] = (source.astype(np.float64) - offset) / scale
+            for planes in slabs_of(source.shape):
+                target[planes] = (source[planes].astype(np.float64) - offset) / scale
     return result
 
 
@@ -154,9 +196,25 @@ def _scale(source: np.ndarray, channel: int, plan: PreprocessPlan) -> tuple[floa
         )
     if plan.intensity == "range":
         return lowest, highest - lowest
-    inside = source[source > source.min()].astype(np.float64)
+    mean, deviation = _mean_and_deviation(source)
     # two values only: a mask-like image keeps its step of one
-    return float(inside.mean()), float(inside.std()) or 1.0
+    return mean, deviation or 1.0
+
+
+def _mean_and_deviation(source: np.ndarray) -> tuple[float, float]:
+    """Of the voxels (Z, Y, X) above the lowest, slab by slab."""
+    lowest = source.min()
+
+    def inside() -> Iterator[np.ndarray]:
+        for planes in slabs_of(source.shape):
+            slab = source[planes]
+            yield slab[slab > lowest].astype(np.float64)
+
+    count, total = 0, 0.0
+    for values in inside():
+        count, total = count + values.size, total + float(values.sum())
+    mean = total / count
+    return mean, math.sqrt(sum(float(np.square(values - mean).sum()) for values in inside()) / count)
 
 
 def restore(logits: torch.Tensor, network_grid: Geometry, scan_grid: Geometry, decide: Decision) -> np.ndarray:

@@ -8,6 +8,7 @@ result.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -44,13 +45,39 @@ def _snap(index: np.ndarray) -> np.ndarray:
     return np.where(np.abs(index - whole) < 1e-6, whole, index)
 
 
-def linear(values: torch.Tensor, at: Coordinates, order: Sequence[int] | None = None) -> torch.Tensor:
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """Some target planes along z, and the source planes that are held for them."""
+
+    wanted: slice
+    """Of the target."""
+    held: slice
+    """Of the source."""
+    voxels: int
+    """All planes of the source."""
+
+
+def planes_for(at: Coordinates, step: Sequence[float], voxels: int, wanted: slice) -> Planes:
+    """The planes of a source of ``voxels`` planes that :func:`averaged` looks at for ``wanted`` target planes."""
+    if step[0] > LARGEST_LINEAR_STEP:
+        first, _, _ = _covered(at[0][wanted], step[0], voxels)
+        a, b = int(first.min()), int(first.max()) + int(np.ceil(step[0])) + 1
+    else:
+        places = np.clip(at[0][wanted], 0, voxels - 1)
+        a, b = int(np.floor(places.min())), int(np.floor(places.max())) + 2
+    return Planes(wanted, slice(min(a, voxels - 1), min(b, voxels)), voxels)
+
+
+def linear(
+    values: torch.Tensor, at: Coordinates, order: Sequence[int] | None = None, planes: Planes | None = None
+) -> torch.Tensor:
     """Values (..., Z, Y, X), float, interpolated at ``at``; the outermost value is kept beyond the edge.
 
-    ``order`` of the axes decides how a value is rounded: a part of a volume is given that of the whole.
+    ``order`` of the axes decides how a value is rounded: a part of a volume is given that of the whole. ``planes``: the
+    values are those that are held, and only the wanted planes of the target are made, to the last bit as among all.
     """
     for axis in order or _order(values.shape[-3:], [len(c) for c in at]):
-        values = _linear_axis(values, at[axis], axis - 3)
+        values = _linear_axis(values, at[axis], axis - 3, planes if axis == 0 else None)
     return values
 
 
@@ -59,20 +86,24 @@ def _order(source: Sequence[int], target: Sequence[int]) -> list[int]:
     return [0, *sorted((1, 2), key=lambda a: target[a] / source[a])]
 
 
-def _linear_axis(values: torch.Tensor, at: np.ndarray, axis: int) -> torch.Tensor:
-    n = values.shape[axis]
-    if len(at) == n and np.array_equal(at, np.arange(n)):
+def _linear_axis(values: torch.Tensor, at: np.ndarray, axis: int, planes: Planes | None = None) -> torch.Tensor:
+    n = planes.voxels if planes else values.shape[axis]
+    wanted, start = (planes.wanted, planes.held.start) if planes else (slice(None), 0)
+    if planes is None and len(at) == n and np.array_equal(at, np.arange(n)):
         return values
     clipped = np.clip(at, 0, n - 1)
     below = np.floor(clipped).astype(np.int64)
     above = np.minimum(below + 1, n - 1)
+    weights = (clipped - below).astype(np.float32)
+    is_whole = not (clipped - below).any()  # of all, so that a part is rounded as they are
+    below, above, weights = (part[wanted] for part in (below, above, weights))
     shape = [1] * values.ndim
-    shape[axis] = len(at)
-    weight = torch.from_numpy((clipped - below).astype(np.float32)).reshape(shape).to(values.device)
-    low = values.index_select(axis, torch.from_numpy(below).to(values.device))
-    if not (clipped - below).any():
+    shape[axis] = len(below)
+    low = values.index_select(axis, torch.from_numpy(below - start).to(values.device))
+    if is_whole:
         return low
-    high = values.index_select(axis, torch.from_numpy(above).to(values.device))
+    weight = torch.from_numpy(weights).reshape(shape).to(values.device)
+    high = values.index_select(axis, torch.from_numpy(above - start).to(values.device))
     return torch.lerp(low, high, weight)
 
 
@@ -82,56 +113,70 @@ def nearest(at: Coordinates, axis: int) -> Coordinates:
     return z, y, x
 
 
-def averaged(values: torch.Tensor, at: Coordinates, step: Sequence[float]) -> torch.Tensor:
+def averaged(
+    values: torch.Tensor, at: Coordinates, step: Sequence[float], planes: Planes | None = None
+) -> torch.Tensor:
     """Values (..., Z, Y, X), float, as :func:`linear`, but where voxels become larger the mean of what they cover.
 
     ``step`` is the distance of target voxels along (z, y, x) in source voxels. Along an axis where it is above
     ``LARGEST_LINEAR_STEP`` a target voxel is the mean of the source under it, so that what lies between two centres
-    is not skipped (aliasing); beyond the edge the mean is taken over what is inside.
+    is not skipped (aliasing); beyond the edge the mean is taken over what is inside. ``planes`` as for :func:`linear`.
     """
     z, y, x = at
     for axis in range(3):
         if step[axis] > LARGEST_LINEAR_STEP:
-            values = _mean_axis(values, at[axis], step[axis], axis - 3)
-            z, y, x = (np.arange(len(c), dtype=float) if a == axis else c for a, c in enumerate((z, y, x)))
-    return linear(values, (z, y, x))
+            values = _mean_axis(values, at[axis], step[axis], axis - 3, planes if axis == 0 else None)
+            z, y, x = (np.arange(values.shape[a - 3]) + 0.0 if a == axis else c for a, c in enumerate((z, y, x)))
+    return linear(values, (z, y, x), planes=None if step[0] > LARGEST_LINEAR_STEP else planes)
 
 
-def _mean_axis(values: torch.Tensor, at: np.ndarray, step: float, axis: int) -> torch.Tensor:
-    n = values.shape[axis]
-    lower, upper = np.clip([at - step / 2, at + step / 2], -0.5, n - 0.5)
-    first = np.floor(lower + 0.5).astype(np.int64)
+def _covered(at: np.ndarray, step: float, voxels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first voxel under each target voxel, and where it begins and ends in source voxels."""
+    lower, upper = np.clip([at - step / 2, at + step / 2], -0.5, voxels - 0.5)
+    return np.floor(lower + 0.5).astype(np.int64), lower, upper
+
+
+def _mean_axis(
+    values: torch.Tensor, at: np.ndarray, step: float, axis: int, planes: Planes | None = None
+) -> torch.Tensor:
+    n = planes.voxels if planes else values.shape[axis]
+    wanted, start = (planes.wanted, planes.held.start) if planes else (slice(None), 0)
+    first, lower, upper = _covered(at[wanted], step, n)
     shape = [1] * values.ndim
-    shape[axis] = len(at)
+    shape[axis] = len(first)
     result: torch.Tensor | None = None
     for offset in range(int(np.ceil(step)) + 1):
         index = first + offset
         covered = np.clip(np.minimum(upper, index + 0.5) - np.maximum(lower, index - 0.5), 0, None)
         weight = torch.from_numpy((covered / np.maximum(upper - lower, 1e-9)).astype(np.float32)).reshape(shape)
-        part = values.index_select(axis, torch.from_numpy(np.minimum(index, n - 1)).to(values.device))
+        part = values.index_select(axis, torch.from_numpy(np.minimum(index, n - 1) - start).to(values.device))
         weight = weight.to(values.device)
         result = part * weight if result is None else result.addcmul_(part, weight)
     assert result is not None
     return result
 
 
-def nearest_labels(values: np.ndarray, at: Coordinates) -> np.ndarray:
-    """Label map (Z, Y, X) of integers at ``at``: the label of the nearest voxel; halves go up. Same dtype."""
+def nearest_labels(values: np.ndarray, at: Coordinates, wanted: slice = slice(None)) -> np.ndarray:
+    """Label map (Z, Y, X) of integers at ``at``: the label of the nearest voxel; halves go up. Same dtype. Only the
+    ``wanted`` planes are made."""
     z, y, x = (np.clip(np.floor(c + 0.5), 0, n - 1).astype(np.int64) for c, n in zip(at, values.shape, strict=True))
-    return np.ascontiguousarray(values[np.ix_(z, y, x)])
+    return np.ascontiguousarray(values[np.ix_(z[wanted], y, x)])
 
 
-def labels(values: np.ndarray, at: Coordinates) -> np.ndarray:
+def labels(values: np.ndarray, at: Coordinates, wanted: slice = slice(None)) -> np.ndarray:
     """Label map (Z, Y, X) of integers at ``at``: the label whose indicator, interpolated linearly, is largest.
 
-    Labels are never interpolated as numbers. Ties go to the smaller value. Same dtype as ``values``.
+    Labels are never interpolated as numbers. Ties go to the smaller value. Same dtype as ``values``. Only the
+    ``wanted`` planes are made.
     """
     if all(np.array_equal(c, np.arange(n)) for c, n in zip(at, values.shape, strict=True)):
-        return values.copy()
-    shape = tuple(len(c) for c in at)
+        return values[wanted].copy()
+    planes = planes_for(at, (1.0, 1.0, 1.0), len(values), wanted)
+    held = values[planes.held]
+    shape = (len(at[0][wanted]), len(at[1]), len(at[2]))
     best, result = torch.zeros(shape), np.zeros(shape, values.dtype)
-    for value in np.unique(values):
-        share = linear(torch.from_numpy((values == value).astype(np.float32)), at)
+    for value in np.unique(held):
+        share = linear(torch.from_numpy((held == value).astype(np.float32)), at, planes=planes)
         better = share > best + 1e-6
         result[better.numpy()] = value
         best = torch.maximum(best, share)

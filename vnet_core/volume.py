@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from vnet_core.errors import ScanError
 from vnet_core.geometry import Geometry, Reorientation, Shape, cropped, to_canonical
+
+SLAB_VOXELS = 1 << 20
+"""Voxels of a volume that are looked at together while something is found of all of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +50,14 @@ class Scan:
     """Whether text may be burnt into the pixels, so that no picture may be made of them."""
 
 
+def slabs_of(shape: Sequence[int]) -> Iterator[slice]:
+    """Planes along the first of three axes, at most ``SLAB_VOXELS`` at a time where one plane has no more; they follow
+    from the shape alone, so that sums over them do too."""
+    step = max(1, SLAB_VOXELS // max(1, shape[1] * shape[2]))
+    for first in range(0, shape[0], step):
+        yield slice(first, min(first + step, shape[0]))
+
+
 def canonical(volume: Volume) -> tuple[Volume, Reorientation]:
     """The volume with axes nearest to head, back and left (a view, nothing interpolated), and the way back."""
     reorientation, geometry = to_canonical(volume.geometry)
@@ -63,12 +75,18 @@ def foreground_box(voxels: np.ndarray) -> tuple[Shape, Shape]:
 
     Raises ScanError ``scan.constant`` when there is no such voxel.
     """
-    foreground = np.zeros(voxels.shape[1:], bool)
-    for channel in voxels:
-        foreground |= channel > channel.min()
+    lowest = [channel.min() for channel in voxels]
+    along = [np.zeros(n, bool) for n in voxels.shape[1:]]
+    for planes in slabs_of(voxels.shape[1:]):
+        foreground = np.zeros((planes.stop - planes.start, *voxels.shape[2:]), bool)
+        for channel, low in zip(voxels, lowest, strict=True):
+            foreground |= channel[planes] > low
+        along[0][planes] = foreground.any(axis=(1, 2))
+        along[1] |= foreground.any(axis=(0, 2))
+        along[2] |= foreground.any(axis=(0, 1))
     start, stop = [], []
-    for axis in range(3):
-        rows = np.flatnonzero(foreground.any(axis=tuple(a for a in range(3) if a != axis)))
+    for found in along:
+        rows = np.flatnonzero(found)
         if len(rows) == 0:
             raise ScanError("scan.constant", f"all voxels have the value {voxels.flat[0]}; the scan holds no image")
         start.append(int(rows[0]))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from workers.clusters import Engines
 from workers.ledger import Outcome, State, settle
 from workers.segment import STAGE, Job, Segmenter, naming_a_lost_gpu
+from workers.shares import Division
 
 IN_FLIGHT = 2
 """Cases that an actor holds: one is read or written while the other is computed."""
@@ -24,14 +25,14 @@ class SegmenterActor:
         self._loading = threading.Lock()
         self._segmenter: Segmenter | None = None
 
-    def segment(self, job: Job) -> Outcome:
-        """As :meth:`Segmenter.segment`; a model that cannot be loaded fails the case."""
+    def segment(self, job: Job) -> Outcome | Division:
+        """As :meth:`Segmenter.take`; a model that cannot be loaded fails the case."""
         with self._loading:
             loaded = None if self._segmenter else settle(STAGE, job.case.id, self._load)
         if self._segmenter is None:
             assert loaded is not None
             return loaded
-        return self._segmenter.segment(job)
+        return self._segmenter.take(job)
 
     def _load(self) -> tuple[State, None, tuple[str, ...]]:
         with naming_a_lost_gpu():
@@ -65,8 +66,8 @@ class Actors:
         """Done when the actor has its place and its process is there."""
         return handle.__ray_ready__.remote().future()
 
-    def ask(self, handle: Any, job: Job) -> Future[Outcome]:
-        """Have a case done."""
+    def ask(self, handle: Any, job: Job) -> Future[Outcome | Division]:
+        """Have a case, or what a job's step says of it, done."""
         return handle.segment.remote(job).future()
 
     def end(self, handle: Any) -> None:

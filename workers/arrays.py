@@ -6,7 +6,10 @@ writer writes a whole shard, so a lost or damaged chunk is an error and never re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -37,6 +40,31 @@ def write_arrays(root: Root, prefix: str, arrays: dict[str, np.ndarray], attribu
         group = zarr.open_group(zarr_store(root, prefix), mode="w", zarr_format=3, attributes=attributes)
         for name, array in arrays.items():
             _write(group, name, array)
+
+
+@dataclass(frozen=True, slots=True)
+class InSlabs:
+    """An array (..., Z, Y, X) of which some planes are made at a time."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    planes: Callable[[slice], np.ndarray]
+    """Makes planes along z."""
+
+
+def write_in_slabs(
+    root: Root, prefix: str, arrays: Mapping[str, InSlabs], attributes: dict[str, Any], planes: int
+) -> None:
+    """As :func:`write_arrays`, so many planes along z at a time; the files are the same."""
+    root.delete(prefix)
+    step = planes // CHUNK_EDGE * CHUNK_EDGE or planes  # else chunks would be written twice
+    with root.room():
+        group = zarr.open_group(zarr_store(root, prefix), mode="w", zarr_format=3, attributes=attributes)
+        for name, array in arrays.items():
+            target = _create(group, name, array.shape, array.dtype, _usual(array.shape))
+            for start in range(0, array.shape[-3], step):
+                wanted = slice(start, min(start + step, array.shape[-3]))
+                target[..., wanted, :, :] = array.planes(wanted)
 
 
 def _write(group: zarr.Group, name: str, array: np.ndarray, dimension_names: Sequence[str] | None = None) -> None:
@@ -82,21 +110,7 @@ def _create(
 
 def read_array(root: Root, prefix: str, name: str) -> np.ndarray:
     """A whole array. StorageError ``store.corrupt`` when a chunk is missing or damaged."""
-    try:
-        # ours are of version 3: one of version 2 may name a codec that unpickles
-        array = zarr.open_array(zarr_store(root, f"{prefix}/{name}"), mode="r", zarr_format=3)
-        shards = np.ndindex(*(-(-n // s) for n, s in zip(array.shape, array.shards or array.chunks, strict=True)))
-        start = f"{prefix}/{name}/c/"
-        there = {stored.key.removeprefix(start) for stored in root.walk(start.rstrip("/")) if stored.size}
-        missing = [index for index in shards if "/".join(map(str, index)) not in there]
-        if missing:
-            raise StorageError(
-                "store.corrupt",
-                f"{prefix}/{name} lacks {len(missing)} shards, first {missing[0]}; delete it and run again",
-            )
-        return np.asarray(array[...])
-    except (zarr.errors.BaseZarrError, FileNotFoundError, ValueError, RuntimeError) as error:
-        raise StorageError("store.corrupt", f"{prefix}/{name} is damaged ({error}); delete it and run again") from error
+    return StoredArray(root, prefix, name).whole().read(...)
 
 
 def write_ome_labels(root: Root, prefix: str, mask: np.ndarray, geometry: Geometry, labels: Sequence[Label]) -> None:
@@ -170,10 +184,9 @@ class StoredArray:
     def __init__(self, root: Root, prefix: str, name: str) -> None:
         """Open it. StorageError ``store.corrupt`` where it is damaged."""
         self.root, self.prefix, self.name = root, prefix, name
-        try:
+        with self._sound():
+            # ours are of version 3: one of version 2 may name a codec that unpickles
             self._array = zarr.open_array(zarr_store(root, f"{prefix}/{name}"), mode="r+", zarr_format=3)
-        except (zarr.errors.BaseZarrError, FileNotFoundError, ValueError) as error:
-            raise self._damaged(error) from error
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -200,17 +213,23 @@ class StoredArray:
             raise self._damaged(f"it lacks {len(missing)} shards, first {missing[0]}")
         return self
 
-    def read(self, *region: slice) -> np.ndarray:
+    def read(self, *region: slice | EllipsisType) -> np.ndarray:
         """A region; StorageError ``store.corrupt`` when a chunk of it is damaged."""
-        try:
+        with self._sound():
             return np.asarray(self._array[region])
-        except (zarr.errors.BaseZarrError, FileNotFoundError, ValueError, RuntimeError) as error:
-            raise self._damaged(error) from error
 
     def write(self, values: np.ndarray, *region: slice) -> None:
         """Replace a region; StorageError ``store.full`` when no space is left."""
         with self.root.room():
             self._array[region] = values
+
+    @contextmanager
+    def _sound(self) -> Iterator[None]:
+        try:
+            with self.root.room():
+                yield
+        except (zarr.errors.BaseZarrError, FileNotFoundError, ValueError, RuntimeError) as error:
+            raise self._damaged(error) from error
 
     def _damaged(self, reason: object) -> StorageError:
         return StorageError(

@@ -11,7 +11,7 @@ import io
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from uuid import uuid4
 
 from vnet_core.errors import ConfigError, StorageError
+from workers.folders import raise_if_full
 from workers.objects import Stored
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ RETRY_S = 45.0
 ANSWER_S = 30.0
 """How long one request may take."""
 CONNECT_S = 5.0
+_PIECE_BYTES = 8 << 20
 _CODE = re.compile(r"<Code>([A-Za-z]+)</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -82,13 +84,19 @@ class Bucket:
         with self._answers(key):
             found = obstore.get(self.store, key)
             content = bytes(found.bytes())
-        if len(content) != found.meta["size"]:
-            raise StorageError(
-                "store.short",
-                f"{key} came with {len(content)} bytes of {found.meta['size']}; run again, and check what lies between"
-                " here and the object store",
-            )
+        _refuse_short(key, len(content), found.meta["size"])
         return content
+
+    def pieces(self, key: str) -> Iterator[bytes]:
+        import obstore
+
+        seen = 0
+        with self._answers(key):
+            found = obstore.get(self.store, key)
+            for some in found.stream(min_chunk_size=_PIECE_BYTES):
+                seen += len(some)
+                yield bytes(some)
+        _refuse_short(key, seen, found.meta["size"])
 
     def open(self, key: str) -> BinaryIO:
         return io.BytesIO(self.get(key))
@@ -146,8 +154,9 @@ class Bucket:
     def discard(self, leftover: Stored) -> None:
         key, _, upload = leftover.key.partition("?uploadId=")
         full = f"{self.prefix}/{key}" if self.prefix else key
-        with _told_by_boto(self.url):
-            _client().abort_multipart_upload(Bucket=self.bucket, Key=full, UploadId=upload)
+        client = _client()
+        with _told_by_boto(self.url), suppress(client.exceptions.NoSuchUpload):
+            client.abort_multipart_upload(Bucket=self.bucket, Key=full, UploadId=upload)
 
     def delete(self, key: str) -> None:
         import obstore
@@ -178,16 +187,14 @@ class Bucket:
             yield target
 
     def fetch(self, stored: Stored, path: Path) -> None:
-        """Write an object to a file; StorageError ``store.short`` when not all of it came."""
-        import obstore
+        """Write an object to a file of this machine.
 
-        with self._answers(stored.key), path.open("wb") as file:
-            for some in obstore.get(self.store, stored.key).stream(min_chunk_size=8 << 20):
+        StorageError ``store.short`` when not all of it came, ``store.full`` when this machine has no room for it.
+        """
+        with _room_here(path.parent), path.open("wb") as file:
+            for some in self.pieces(stored.key):
                 file.write(some)
-        if path.stat().st_size != stored.size:
-            raise StorageError(
-                "store.short", f"{stored.key} came with {path.stat().st_size} bytes of {stored.size}; run again"
-            )
+        _refuse_short(stored.key, path.stat().st_size, stored.size)
 
     @contextmanager
     def written(self, key: str) -> Iterator[Path]:
@@ -207,7 +214,7 @@ class Bucket:
 
     @contextmanager
     def room(self) -> Iterator[None]:
-        with self._answers("what is written"):
+        with _room_here(Path(tempfile.gettempdir())), self._answers("what is written"):
             yield
 
     def space(self) -> tuple[int, int] | None:
@@ -220,6 +227,8 @@ class Bucket:
 
         try:
             yield
+        except StorageError:
+            raise
         except FileNotFoundError as error:
             self._refuse_missing_bucket(error)
             raise FileNotFoundError(key) from None
@@ -229,18 +238,46 @@ class Bucket:
                 f"the object store refuses {key or 'the root'} in {self.url} ({_code(error)}); give this machine's"
                 " identity leave to list, read, write and delete there, or mend its AWS credentials",
             ) from None
+        except obstore.exceptions.InvalidPathError:
+            raise StorageError(
+                "store.key",
+                f"an object of {self.url} at or below {key or 'the root'} has a name that is no path, with empty or"
+                " dotted parts; rename it",
+            ) from None
         except (obstore.exceptions.BaseError, OSError) as error:
+            self._refuse_missing_bucket(error)
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the system's own, of a file of this machine
             raise StorageError(
                 "store.unavailable",
                 f"the object store of {self.url} did not answer for {key or 'the root'} ({_code(error)}) although it"
                 f" was asked for {RETRY_S:.0f} s; run again when it does",
             ) from None
 
-    def _refuse_missing_bucket(self, error: FileNotFoundError) -> None:
+    def _refuse_missing_bucket(self, error: Exception) -> None:
         if _code(error) == "NoSuchBucket":
             raise StorageError(
                 "store.no-bucket", f"there is no bucket {self.bucket}; make it, or name another"
             ) from None
+
+
+def _refuse_short(key: str, came_bytes: int, size_bytes: int) -> None:
+    if came_bytes != size_bytes:
+        raise StorageError(
+            "store.short",
+            f"{key} came with {came_bytes} bytes of {size_bytes}; run again, and check what lies between here and the"
+            " object store",
+        )
+
+
+@contextmanager
+def _room_here(folder: Path) -> Iterator[None]:
+    """A full disk of this machine is none of the object store."""
+    try:
+        yield
+    except OSError as error:
+        raise_if_full(error, folder)
+        raise
 
 
 def _stored(meta: Any) -> Stored:
@@ -314,8 +351,21 @@ def _told_by_boto(url: str) -> Iterator[None]:
         yield
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "unknown")
-        raise StorageError("store.denied", f"the object store of {url} refuses unfinished uploads ({code})") from None
-    except BotoCoreError as error:
+        if code == "NoSuchBucket":
+            raise StorageError("store.no-bucket", f"there is no bucket for {url}; make it, or name another") from None
+        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500:
+            raise _silent(url, code) from None
         raise StorageError(
-            "store.unavailable", f"the object store of {url} did not answer ({type(error).__name__})"
+            "store.denied",
+            f"the object store of {url} refuses to list or end unfinished uploads ({code}); give this machine's"
+            " identity leave for both",
         ) from None
+    except BotoCoreError as error:
+        raise _silent(url, type(error).__name__) from None
+
+
+def _silent(url: str, why: str) -> StorageError:
+    return StorageError(
+        "store.unavailable",
+        f"the object store of {url} did not answer for unfinished uploads ({why}); run again when it does",
+    )

@@ -289,7 +289,7 @@ def scan_channels(sources: Sequence[str], reading: ReadingPlan) -> Scan:
     burnt_in = any(scan.burnt_in for scan in scans)
     if burnt_in:
         codes.append("dicom.burnt-in")
-    voxels = np.concatenate([volume.voxels for volume in volumes])
+    voxels = np.concatenate([v.voxels for v in volumes]) if len(volumes) > 1 else volumes[0].voxels
     return Scan(Volume(voxels, first), tuple(dict.fromkeys(codes)), min(frames, default=""), burnt_in)
 
 

@@ -10,12 +10,10 @@ Masks that wait for a decision, were rejected or are to be corrected are not del
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,11 @@ from vnet_core.errors import ConfigError, StorageError
 from workers.decisions import latest, published
 from workers.delivered import Index, announce, digest, joined, read_index, stamp, sync_folder, write_index
 from workers.identity import NAME
+from workers.locks import alone
 from workers.modes import Readers, let_read
 from workers.nights import Night, load_night
 from workers.report import night_ids, read_rows, refresh_review
-from workers.store import Root
+from workers.store import RECEIPT, Root, raise_if_silent
 
 _LOCK = ".delivered.lock"
 _PIECE_BYTES = 1 << 20
@@ -48,7 +47,7 @@ class Delivered:
     left: tuple[str, ...]
     """Something that was not delivered from here lies in the mask's place, or ours was changed; left as it is."""
     damaged: tuple[str, ...]
-    """The mask in the storage root is not what its receipt says; not delivered."""
+    """The mask in the storage root is gone, or not what its receipt says; not delivered."""
 
 
 def deliver(root: Root, night: Night, rows: Sequence[Row], folder: str, readers: Readers = "owner") -> Delivered:
@@ -60,7 +59,7 @@ def deliver(root: Root, night: Night, rows: Sequence[Row], folder: str, readers:
     """
     place = _place(root, folder, night.cohort, readers)
     try:
-        with _alone(place):
+        with alone(place / _LOCK):
             return _deliver(root, night, rows, place, readers)
     except OSError as error:
         if isinstance(error, StorageError):
@@ -117,17 +116,6 @@ def _place(root: Root, folder: str, cohort: str, readers: Readers) -> Path:
     return place
 
 
-@contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Wait until no other process delivers to the place."""
-    handle = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def _deliver(root: Root, night: Night, rows: Sequence[Row], place: Path, readers: Readers) -> Delivered:
     index = read_index(place)
     _recover(place, index)
@@ -160,7 +148,12 @@ def _deliver(root: Root, night: Night, rows: Sequence[Row], place: Path, readers
             index.files[known] |= _told(found) | {"stamp": stamp(place / known)}
             unchanged += 1
             continue
-        source, entry = _entry(root, night.id, found)
+        try:
+            source, entry = _entry(root, night.id, found)
+        except StorageError as error:
+            raise_if_silent(error)
+            lists["damaged"].append(case)
+            continue
         name = f"{case}{source.rpartition('/')[2].removeprefix('mask')}"
         there = digest(place / name)
         if there == entry["sha256"]:
@@ -207,7 +200,7 @@ def _entry(root: Root, night: str, rows: Sequence[Row]) -> tuple[str, dict[str, 
     first = rows[0]
     key, receipt = first["result"], root.receipt(first["result"])
     if receipt is None:
-        raise StorageError("store.missing", f"{key} is not finished, and the night says so; run the night again")
+        raise StorageError("store.missing", f"{key}/{RECEIPT} is not in the storage root {root.shown}")
     mask = root.get_json(f"{key}/report.json")["mask"]
     parts = {
         path.removeprefix(mask).removeprefix("/"): sha256
@@ -254,6 +247,8 @@ def _copy_all(
             except FileExistsError:
                 lists["left"].append(entry["case"])
                 continue
+            except StorageError as error:
+                raise_if_silent(error)
             if digest(temporary) != entry["sha256"]:
                 lists["damaged"].append(entry["case"])
                 _discard(temporary)

@@ -17,6 +17,8 @@ from workers.objects import Stored
 
 UNFINISHED = ".put-"
 """How the names of half-written objects begin."""
+_PIECE_BYTES = 1 << 20
+_TRIES = 100
 
 
 class Folder:
@@ -58,16 +60,15 @@ class Folder:
             try:
                 os.link(temporary, path)
             except FileExistsError:
-                return False
+                # also what NFS says to a writer whose first answer got lost on the way; then the file has two names
+                return temporary.stat().st_nlink > 1
         return True
 
     @contextmanager
     def _written_beside(self, path: Path, content: bytes) -> Iterator[Path]:
         """A durable file with the content beside ``path``, for the block to give it its name; the folder is synced."""
         with self.room():
-            _make(path.parent)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED)
-            temporary = Path(name)
+            handle, temporary = _unfinished(path.parent)
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(content)
@@ -84,6 +85,11 @@ class Folder:
     def open(self, key: str) -> BinaryIO:
         return self._path(key).open("rb")
 
+    def pieces(self, key: str) -> Iterator[bytes]:
+        with self.open(key) as file:
+            while some := file.read(_PIECE_BYTES):
+                yield some
+
     def is_object(self, key: str) -> bool:
         return self._path(key).is_file()
 
@@ -91,8 +97,11 @@ class Folder:
         return self._path(key).exists()
 
     def names(self, prefix: str) -> list[str]:
-        folder = self._path(prefix)
-        return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+        try:
+            names = os.listdir(self._path(prefix))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(name for name in names if not name.startswith("."))
 
     def walk(self, prefix: str) -> Iterator[Stored]:
         start = self._path(prefix)
@@ -109,7 +118,7 @@ class Folder:
         start = self.folder / prefix
         if start.is_symlink():
             return [prefix]
-        found = (Path(place, name) for place, folders, names in os.walk(start) for name in (*folders, *names))
+        found = (Path(place, name) for place, folders, names in _walk(start) for name in (*folders, *names))
         return sorted(path.relative_to(self.folder).as_posix() for path in found if path.is_symlink())
 
     def leftovers(self) -> Iterator[Stored]:
@@ -128,9 +137,10 @@ class Folder:
         parent, _, name = key.rpartition("/")
         path = self._path(parent) / name
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            shutil.rmtree(path, onerror=_raise_unless_gone)
         else:
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError, NotADirectoryError):
+                path.unlink()
 
     def tidy(self, prefix: str) -> None:
         with suppress(OSError):
@@ -191,11 +201,41 @@ def raise_if_full(error: OSError, folder: Path) -> None:
 
 def _files(start: Path) -> Iterator[Path]:
     """Regular files below a folder; links are not followed."""
-    for place, _, names in os.walk(start):
+    for place, _, names in _walk(start):
         for name in names:
             path = Path(place, name)
             if path.is_file() and not path.is_symlink():
                 yield path
+
+
+def _walk(start: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As :func:`os.walk`, but a folder that cannot be looked into is an error: what it holds is not nothing."""
+
+    def told(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    yield from os.walk(start, onerror=told)
+
+
+def _raise_unless_gone(_: object, path: str, reason: tuple[type, BaseException, object]) -> None:
+    """Of two that delete at once each may find something gone."""
+    if not isinstance(reason[1], FileNotFoundError):
+        raise reason[1]
+
+
+def _unfinished(folder: Path) -> tuple[int, Path]:
+    """A new file in a folder, which is made."""
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            _make(folder)
+            handle, name = tempfile.mkstemp(dir=folder, prefix=UNFINISHED)
+        except (FileNotFoundError, FileExistsError):  # somebody who tidies up takes the empty folder away in between
+            if not tries_left:
+                raise
+        else:
+            break
+    return handle, Path(name)
 
 
 def _make(folder: Path) -> None:

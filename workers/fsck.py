@@ -24,8 +24,17 @@ from workers.identity import KEY as IDENTITY
 from workers.identity import private_folder
 from workers.objects import Stored
 from workers.registry import aliases, history
-from workers.sealed import RESTORED, UNFINISHED, Checkup, Finding, check_objects, is_old, look, read_receipt
-from workers.store import RECEIPT, Root
+from workers.sealed import (
+    RESTORED,
+    UNFINISHED,
+    Checkup,
+    Finding,
+    check_objects,
+    is_old,
+    look,
+    read_receipt,
+)
+from workers.store import RECEIPT, Root, raise_if_silent
 
 DOCUMENTS = ("attempts", "decisions", "questions", "shadows")
 """Whose JSON is read as it is, below the root."""
@@ -65,7 +74,8 @@ def _no_private(root: Root) -> list[Finding]:
     """The finding that the private folder is not there at all, which would else be one for each case."""
     try:
         folder = private_folder(root)
-    except StorageError:
+    except StorageError as error:
+        raise_if_silent(error)
         return [Finding(IDENTITY, "fsck.json", "it is not as it was written", "run any command with the site file")]
     if folder.is_dir() or not root.names("cohorts"):
         return []
@@ -93,6 +103,7 @@ def _readable(key: str, read: Callable[[], object], remedy: str) -> Iterator[Fin
             found = "the private folder does not hold its part, which tells where its scans lie"
             yield Finding(key, "fsck.no-private", found, f"mount the private folder, or {remedy}")
         else:
+            raise_if_silent(error)
             yield Finding(key, "fsck.entry", "it is no JSON of the program, or its private part is not", remedy)
     except _SHAPE:
         yield Finding(key, "fsck.entry", "it is JSON of another shape than is written", remedy)
@@ -145,7 +156,9 @@ def keys_in(root: Root, key: str, columns: Sequence[str]) -> list[str]:
     try:
         with root.open(key) as file:
             table = pq.read_table(file, columns=list(columns))
-    except (OSError, StorageError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError):
+            raise_if_silent(error)
         raise StorageError("fsck.rows", f"the table cannot be read ({type(error).__name__})") from None
     if table.column_names != list(columns):
         raise StorageError("fsck.rows", f"the table has not the columns {', '.join(columns)}")
@@ -172,7 +185,9 @@ def _aliases(root: Root) -> Iterator[Finding]:
         try:
             history(root, name)
             named = aliases(root, name)
-        except (StorageError, *_SHAPE):
+        except (StorageError, *_SHAPE) as error:
+            if isinstance(error, StorageError):
+                raise_if_silent(error)
             yield Finding(key, "fsck.alias", "a change of the aliases cannot be read", RESTORED)
             continue
         for alias, version in sorted(named.items()):
@@ -193,7 +208,10 @@ def _json(root: Root, key: str) -> object:
     """What a JSON object holds, or None when it is none."""
     try:
         found: object = json.loads(root.place.get(key))
-    except (OSError, ValueError, RecursionError):
+    except OSError as error:
+        raise_if_silent(error)
+        return None
+    except (ValueError, RecursionError):
         return None
     return found
 
@@ -238,7 +256,8 @@ def _take_away(root: Root, key: str, now: datetime) -> str:
         return ""
     try:
         root.delete(key)
-    except StorageError:  # a name that no key has
+    except StorageError as error:  # a name that no key has
+        raise_if_silent(error)
         return ""
     return "removed; the next night that needs it makes it again"
 
@@ -247,7 +266,8 @@ def _can_be_made_again(root: Root, key: str) -> bool:
     _, cohort, case, _ = key.split("/")
     try:
         entry = known_entry(root, cohort, case)
-    except StorageError:
+    except StorageError as error:
+        raise_if_silent(error)
         return False
     if entry is None or not entry.verdict.usable:
         return False

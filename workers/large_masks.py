@@ -5,35 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from vnet_core.geometry import Geometry, same_grid, to_canonical, world_mm
-from vnet_core.pictures import qc_picture
 from vnet_core.plan import Label, Plan
+from vnet_core.sections import Cleaning
 from vnet_core.slabs import Measured, clean_slabs, measure_slabs
-from vnet_core.spread import Spread
 from workers.arrays import CHUNK_EDGE, StoredArray, create_ome_labels
-from workers.cohort import Case
-from workers.failpoints import fail_point
 from workers.masks import (
-    NO_PICTURE,
+    LastWords,
     Mask,
-    MaskFormat,
     check_places,
+    facts_of,
     mask_file,
+    mean_index,
     publish_mask,
-    report_rows,
+    put_picture,
+    put_report,
     translation,
     unproven,
+    with_values,
 )
-from workers.reading import read_scan_apart
 from workers.scans import label_planes, read_geometry, write_label
 from workers.store import Root
-
-if TYPE_CHECKING:
-    from workers.dicom.derived import Algorithm
 
 NO_LARGE_PICTURE = "none, larger than memory"
 """What ``report.json`` says of the picture of a scan that is not read whole."""
@@ -41,44 +37,31 @@ PICTURE_BYTES = 8
 """Per voxel, for scan and mask while a picture is made of them."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LargeMask:
-    """Label values of a case on its own grid in the storage root, not yet published."""
-
-    case: Case
-    values: StoredArray
-    """(Z, Y, X), as the plan numbers them; below the key of the result, and removed when that is published."""
-    plan: Plan
-    mask_format: MaskFormat
-    algorithm: Algorithm
-    provenance: dict[str, Any]
-    spread: Spread | None
-    drift: tuple[str, ...]
-    limit_bytes: int
-    """Memory that a picture may take."""
+def clean_map(values: StoredArray, voxel_ml: float, cleanings: Sequence[Cleaning]) -> None:
+    """Clean a stored label map (Z, Y, X) in place."""
+    clean_slabs(_reader(values), _writer(values), _shape(values), voxel_ml, cleanings)
 
 
-def clean_stored(values: StoredArray, plan: Plan, voxel_ml: float) -> None:
-    """Clean a stored label map (Z, Y, X) as the plan says, in place."""
-    clean_slabs(_reader(values), _writer(values), _shape(values), voxel_ml, plan.inference.cleaning)
+def publish_large_mask(root: Root, key: str, mask: Mask[StoredArray], last_words: LastWords = dict[str, Any]) -> None:
+    """As :func:`workers.masks.publish_mask`; masks in formats of DICOM are held whole.
 
-
-def publish_large_mask(
-    root: Root, key: str, mask: LargeMask, last_words: Callable[[], Mapping[str, Any]] = dict[str, Any]
-) -> None:
-    """As :func:`workers.masks.publish_mask`; masks in formats of DICOM are held whole."""
+    The values lie below the key of the result, and are removed when that is published.
+    """
     geometry = mask.case.geometry
     assert geometry is not None, "a case without geometry was refused at ingest"
+    if root.receipt(key) is None and mask_file(mask.mask_format).endswith(".dcm"):
+        publish_mask(root, key, with_values(mask, mask.values.read(slice(None))), last_words)
+        return
     last_words()
-    scratch = mask.values.prefix
     if root.receipt(key) is not None:
-        root.delete(scratch)
+        root.delete(mask.values.prefix)
         return
-    if mask_file(mask.mask_format).endswith(".dcm"):
-        values = mask.values.read(slice(None))
-        parts = (mask.case, values, mask.plan, mask.mask_format, mask.algorithm, mask.provenance)
-        publish_mask(root, key, Mask(*parts, mask.spread, mask.drift), last_words)
-        return
+    with root.room():
+        _publish(root, key, mask, geometry, last_words)
+
+
+def _publish(root: Root, key: str, mask: Mask[StoredArray], geometry: Geometry, last_words: LastWords) -> None:
+    scratch = mask.values.prefix
     for name in root.names(key):  # what a killed process has left
         if f"{key}/{name}" != scratch:
             root.delete(f"{key}/{name}")
@@ -93,28 +76,11 @@ def publish_large_mask(
             with root.written(f"{key}/{file}") as path:
                 write_label(path, translated, geometry)
         _prove(root, f"{key}/{file}", translated, geometry)
-    report: dict[str, Any] = {"labels": report_rows(measured.labels, mask.plan, mask.spread)}
-    if mask.plan.regions:
-        report["regions"] = report_rows(measured.regions, mask.plan, mask.spread)
-    picture = _picture(root, key, mask, geometry)
-    report |= {"drift": list(mask.drift), "case": mask.case.id, "mask": name, "picture": picture}
-    root.put_json(f"{key}/report.json", report | mask.provenance)
-    fail_point("segment:written")
+    fits = prod(geometry.shape) * PICTURE_BYTES <= mask.plan.inference.memory_limit_gib * 2**30
+    picture = put_picture(root, key, mask, mask.values.read(slice(None))) if fits else NO_LARGE_PICTURE
+    put_report(root, key, mask, picture, measured.labels, measured.regions)
     root.delete(scratch)
-    facts = {"stage": "segment", "case_digest": mask.case.digest, **mask.provenance}
-    root.seal(key, {**facts, **last_words()})
-
-
-def _picture(root: Root, key: str, mask: LargeMask, geometry: Geometry) -> str:
-    """Make the picture, where scan and mask can be held for it; what the report says of it."""
-    if prod(geometry.shape) * PICTURE_BYTES > mask.limit_bytes:
-        return NO_LARGE_PICTURE
-    scan = read_scan_apart(mask.case.channels[0], mask.plan.reading)
-    if scan.burnt_in:
-        return NO_PICTURE
-    values = mask.values.read(slice(None))
-    root.put(f"{key}/qc.png", qc_picture(scan.volume.voxels[0], values, geometry, mask.plan.labels))
-    return "qc.png"
+    root.seal(key, {**facts_of(mask), **last_words()})
 
 
 def _counted(measured: Measured, plan: Plan, table: np.ndarray) -> dict[int, int]:
@@ -184,16 +150,12 @@ def _prove(root: Root, key: str, values: _Translated, geometry: Geometry) -> Non
     if not along[0].any():
         return
     turn, canonical = to_canonical(geometry)
-    mean = _mean_index(along)
+    mean = mean_index(along)
     turned = [
         geometry.shape[axis] - 1 - mean[axis] if flip else mean[axis]
         for axis, flip in zip(turn.source_axis, turn.flip, strict=True)
     ]
-    check_places(key, world_mm(canonical, np.array(turned)), world_mm(found, _mean_index(theirs)), geometry)
-
-
-def _mean_index(along: Sequence[np.ndarray]) -> np.ndarray:
-    return np.array([float(counts @ np.arange(len(counts))) / float(counts.sum()) for counts in along])
+    check_places(key, world_mm(canonical, np.array(turned)), world_mm(found, mean_index(theirs)), geometry)
 
 
 def _ome_planes(root: Root, key: str) -> Iterator[np.ndarray]:

@@ -23,7 +23,7 @@ import psutil
 
 from vnet_core.errors import StorageError
 from vnet_core.plan import digest_of
-from workers.store import Root
+from workers.store import Root, raise_if_silent
 
 BEAT_S = 10.0
 """A live run writes its object this often."""
@@ -140,10 +140,14 @@ def run(root: Root) -> Iterator[Run]:
 
 
 def is_alive(root: Root, run_id: str) -> bool:
-    """Whether a run still works: it was heard of lately, and its process is there where that can be seen."""
+    """Whether a run still works: it was heard of lately, and its process is there where that can be seen.
+
+    StorageError where the root does not answer: that says nothing of the run.
+    """
     try:
         facts = root.get_json(f"runs/{run_id}.json")
-    except StorageError:
+    except StorageError as error:
+        raise_if_silent(error)
         return False
     if facts["host"] == socket.gethostname() and not _is_process(facts["pid"], facts["born"]):
         return False

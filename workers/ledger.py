@@ -66,7 +66,11 @@ class Costs:
     """Seconds of work since it was made, without those spent waiting for other cases, and the memory of the process."""
 
     def __init__(self) -> None:
-        self._start, self._waited = time.perf_counter(), 0.0
+        self._start, self._waited, self._elsewhere_s = time.perf_counter(), 0.0, 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count what other processes have done of the same work."""
+        self._elsewhere_s += seconds
 
     @contextmanager
     def waiting(self, turn: AbstractContextManager[Any]) -> Iterator[None]:
@@ -78,7 +82,7 @@ class Costs:
 
     def facts(self) -> dict[str, Any]:
         """For a receipt: ``seconds``, ``peak_bytes``, and the moment ``finished`` in ISO 8601."""
-        seconds = time.perf_counter() - self._start - self._waited
+        seconds = time.perf_counter() - self._start - self._waited + self._elsewhere_s
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         return {"seconds": round(seconds, 4), "peak_bytes": process_peak_bytes(), "finished": finished}
 
@@ -116,7 +120,7 @@ def nameless(what: str) -> Iterator[None]:
     except VnetError:
         raise
     except Exception as error:
-        if _is_out_of_memory(error):
+        if memory_refused(error):
             raise MemoryLimitError(
                 "engine.memory",
                 f"{what} was refused memory (the process had up to {process_peak_bytes() / 2**30:.1f} GiB); use fewer"
@@ -130,7 +134,7 @@ def nameless(what: str) -> Iterator[None]:
         ) from None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def memory_refused(error: BaseException) -> bool:
     """Whether an allocation of Python, NumPy, the system or torch on the processor was refused, or the stack of a
     thread."""
     # neither has a class of its own

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from vnet_core.report import LabelReport, flags, measure, measure_regions, to_ro
 from vnet_core.sections import OutputPlan
 from vnet_core.spread import Spread
 from vnet_core.volume import Volume
-from workers.arrays import write_ome_labels
+from workers.arrays import StoredArray, write_ome_labels
 from workers.cohort import Case
 from workers.failpoints import fail_point
 from workers.reading import read_scan_apart
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from workers.dicom.derived import Algorithm
 
 MaskFormat = Literal["nifti", "mha", "nrrd", "ome-zarr", "dicom-seg", "rtstruct"]
+LastWords = Callable[[], Mapping[str, Any]]
+"""Asked right before the first file and right before the receipt is written: it may raise, and what it returns goes
+into the receipt alone."""
 _FILES: dict[str, str] = {
     "nifti": "mask.nii.gz",
     "mha": "mask.mha",
@@ -74,12 +77,15 @@ def check_format(case: Case, mask_format: MaskFormat) -> None:
         source_headers(source_files(case.channels[0]))
 
 
+Values = TypeVar("Values", np.ndarray, StoredArray)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Mask:
-    """Label values (Z, Y, X) of a case on its own grid, not yet published."""
+class Mask(Generic[Values]):
+    """Label values (Z, Y, X) of a case on its own grid, in memory or in the storage root, not yet published."""
 
     case: Case
-    values: np.ndarray
+    values: Values
     """As the plan numbers them."""
     plan: Plan
     mask_format: MaskFormat
@@ -91,6 +97,12 @@ class Mask:
     """How far the passes lie apart that the mask is the mean of; None where it is of one pass."""
     drift: tuple[str, ...] = ()
     """What is unlike the scans that the model was trained on, in words."""
+
+
+def with_values(mask: Mask[Any], values: np.ndarray) -> Mask[np.ndarray]:
+    """The same mask with its values in memory."""
+    told = (mask.plan, mask.mask_format, mask.algorithm, mask.provenance, mask.spread, mask.drift)
+    return Mask(mask.case, values, *told)
 
 
 def written(values: np.ndarray, labels: Sequence[Label], output: OutputPlan) -> tuple[np.ndarray, tuple[Label, ...]]:
@@ -116,13 +128,8 @@ def translation(labels: Sequence[Label], output: OutputPlan, largest: int = 0) -
     return table.astype(_dtype(table.max(initial=0))), tuple(merged)
 
 
-def publish_mask(
-    root: Root, key: str, mask: Mask, last_words: Callable[[], Mapping[str, Any]] = dict[str, Any]
-) -> None:
+def publish_mask(root: Root, key: str, mask: Mask[np.ndarray], last_words: LastWords = dict[str, Any]) -> None:
     """Write all files of a result and its receipt; one that is published already is left as it is.
-
-    ``last_words`` is called right before the receipt is written, and right before the first file; it may raise, and
-    what it returns goes into the receipt alone.
 
     Raises StorageError ``mask.unproven`` when a written mask, read back, does not lie where the array lay, and
     ScanError as :func:`check_format` does, and where the scan is gone or no longer what it was.
@@ -135,7 +142,7 @@ def publish_mask(
             _publish(root, key, mask, geometry, last_words)
 
 
-def _publish(root: Root, key: str, mask: Mask, geometry: Geometry, last_words: Callable[[], Mapping[str, Any]]) -> None:
+def _publish(root: Root, key: str, mask: Mask[np.ndarray], geometry: Geometry, last_words: LastWords) -> None:
     root.delete(key)
     plan = mask.plan
     values, labels = written(mask.values, plan.labels, plan.output)
@@ -147,22 +154,48 @@ def _publish(root: Root, key: str, mask: Mask, geometry: Geometry, last_words: C
             with root.written(f"{key}/{file}") as path:
                 _write(path, mask, values, labels)
         _prove(root, f"{key}/{file}", values, labels, geometry)
-    report: dict[str, Any] = {"labels": report_rows(measure(mask.values, geometry, plan.labels), plan, mask.spread)}
-    if plan.regions:
-        found = measure_regions(mask.values, geometry, plan.labels, plan.regions)
-        report["regions"] = report_rows(found, plan, mask.spread)
-    scan = read_scan_apart(mask.case.channels[0], plan.reading)
-    if not scan.burnt_in:
-        root.put(f"{key}/qc.png", qc_picture(scan.volume.voxels[0], mask.values, geometry, plan.labels))
-    report["drift"] = list(mask.drift)
-    report |= {"case": mask.case.id, "mask": name, "picture": NO_PICTURE if scan.burnt_in else "qc.png"}
+    found = measure(mask.values, geometry, plan.labels)
+    regions = measure_regions(mask.values, geometry, plan.labels, plan.regions)
+    picture = put_picture(root, key, mask, mask.values)
+    put_report(root, key, mask, picture, found, regions)
+    root.seal(key, {**facts_of(mask), **last_words()})
+
+
+def put_picture(root: Root, key: str, mask: Mask[Any], values: np.ndarray) -> str:
+    """Write the picture of a mask with these values, where one may be made; what ``report.json`` says of it."""
+    scan = read_scan_apart(mask.case.channels[0], mask.plan.reading)
+    if scan.burnt_in:
+        return NO_PICTURE
+    assert mask.case.geometry is not None, "a case without geometry was refused at ingest"
+    picture = qc_picture(scan.volume.voxels[0], values, mask.case.geometry, mask.plan.labels)
+    root.put(f"{key}/qc.png", picture)
+    return "qc.png"
+
+
+def put_report(
+    root: Root,
+    key: str,
+    mask: Mask[Any],
+    picture: str,
+    labels: Sequence[LabelReport],
+    regions: Sequence[LabelReport],
+) -> None:
+    """Write ``report.json``: what was measured of a mask, and what its picture is."""
+    report: dict[str, Any] = {"labels": _rows(labels, mask)}
+    if regions:
+        report["regions"] = _rows(regions, mask)
+    name = mask_file(mask.mask_format)
+    report |= {"drift": list(mask.drift), "case": mask.case.id, "mask": name, "picture": picture}
     root.put_json(f"{key}/report.json", report | mask.provenance)
     fail_point("segment:written")
-    facts = {"stage": "segment", "case_digest": mask.case.digest, **mask.provenance}
-    root.seal(key, {**facts, **last_words()})
 
 
-def _write(path: Path, mask: Mask, values: np.ndarray, labels: Sequence[Label]) -> None:
+def facts_of(mask: Mask[Any]) -> dict[str, Any]:
+    """What the receipt says of a mask, whoever made it."""
+    return {"stage": "segment", "case_digest": mask.case.digest, **mask.provenance}
+
+
+def _write(path: Path, mask: Mask[np.ndarray], values: np.ndarray, labels: Sequence[Label]) -> None:
     """One file in the mask's own format."""
     geometry = mask.case.geometry
     assert geometry is not None, "a case without geometry was refused at ingest"
@@ -176,9 +209,12 @@ def _write(path: Path, mask: Mask, values: np.ndarray, labels: Sequence[Label]) 
     write(path, values, geometry, labels, source_files(mask.case.channels[0]), mask.algorithm)
 
 
-def report_rows(reports: Sequence[LabelReport], plan: Plan, spread: Spread | None) -> list[dict[str, Any]]:
+def _rows(reports: Sequence[LabelReport], mask: Mask[Any]) -> list[dict[str, Any]]:
     """Rows of ``report.json``, with the technical uncertainty where the mask is of several passes."""
-    return [{**to_row(report), **_spread(report, plan, spread), "flags": list(flags(report))} for report in reports]
+    return [
+        {**to_row(report), **_spread(report, mask.plan, mask.spread), "flags": list(flags(report))}
+        for report in reports
+    ]
 
 
 def _spread(report: LabelReport, plan: Plan, spread: Spread | None) -> dict[str, float]:
@@ -232,8 +268,13 @@ def _read_back(path: Path, labels: Sequence[Label], geometry: Geometry) -> Volum
 
 
 def _centroid_mm(values: np.ndarray, geometry: Geometry) -> np.ndarray | None:
-    voxels = np.argwhere(values)
-    return world_mm(geometry, voxels.mean(axis=0)) if len(voxels) else None
+    along = [np.count_nonzero(values, axis=tuple({0, 1, 2} - {axis})) for axis in range(3)]
+    return world_mm(geometry, mean_index(along)) if along[0].any() else None
+
+
+def mean_index(along: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean index (z, y, x) of voxels, of which so many lie at every index of each axis."""
+    return np.array([float(counts @ np.arange(len(counts))) / float(counts.sum()) for counts in along])
 
 
 def load_report(root: Root, key: str) -> dict[str, Any]:

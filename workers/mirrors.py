@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 from vnet_core.errors import ConfigError, ScanError
 from vnet_core.plan import digest_of
 from workers.buckets import Bucket
+from workers.locks import alone
 from workers.objects import Stored
 from workers.store import FETCHED_AT_ONCE, Root
 
@@ -57,19 +58,24 @@ def mirrored(private: Root, source: str) -> Path:
     folder = private.home / mirror_key(source)
     with private.room():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # half-fetched files of another process would be taken for what has left the bucket
+    with private.room(), alone(folder.with_name(f".{folder.name}.lock")):
         wanted = {folder / stored.key.removeprefix(start): stored for stored in found}
         _remove_others(folder, set(wanted))
         with ThreadPoolExecutor(FETCHED_AT_ONCE) as threads:
             list(threads.map(lambda pair: _bring(bucket, *pair), wanted.items()))
-    alone = found[0].key == unquote(urlsplit(source).path).strip("/")
-    return folder / found[0].key.removeprefix(start) if alone else folder
+    is_one = found[0].key == unquote(urlsplit(source).path).strip("/")
+    return folder / found[0].key.removeprefix(start) if is_one else folder
 
 
 def _look(source: str) -> tuple[Bucket, str, list[Stored]]:
-    """The bucket, what the keys of the source's objects begin with, and these objects."""
+    """The bucket, what the keys of the source's objects begin with, and these objects.
+
+    What consoles make to show an empty folder is listed under the folder's own name, and is no object of that name.
+    """
     parts = urlsplit(source)
     bucket, prefix = Bucket(parts.netloc, ""), unquote(parts.path).strip("/")
-    found = [stored for stored in bucket.walk(prefix) if not stored.key.endswith("/")]
+    found = [stored for stored in bucket.walk(prefix) if stored.size or bucket.is_object(stored.key)]
     above = prefix.rpartition("/")[0] if [stored.key for stored in found] == [prefix] else prefix
     start = f"{above}/" if above else ""
     unsafe = [stored for stored in found if not _is_safe(stored.key.removeprefix(start))]

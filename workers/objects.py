@@ -40,6 +40,9 @@ class Place(Protocol):
     def open(self, key: str) -> BinaryIO:
         """An object to read from, seekable."""
 
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """An object's bytes, of which only some are held at once."""
+
     def is_object(self, key: str) -> bool:
         """Whether there is an object of this very key."""
 

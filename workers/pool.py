@@ -3,6 +3,9 @@ replaced, and what they held is tried again.
 
 Everything that happens comes through one queue, and every step over a case takes the same time, however many actors
 there are and however many cases wait.
+
+A case that is larger than memory is divided by the first actor that takes it; its portions then are turns like cases,
+and when all have come back one more turn publishes the mask.
 """
 
 from __future__ import annotations
@@ -13,8 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from math import prod
+from dataclasses import replace
 from typing import Any
 
 from vnet_core.errors import EngineError, StorageError
@@ -27,12 +29,13 @@ from workers.placement import PROCESS_BYTES, memory_to_ask, needed_bytes
 from workers.ray_watch import watching
 from workers.roster import Roster
 from workers.segment import GPU_LOST, STAGE, Job, key_of, plan_of
+from workers.shares import Division
 from workers.store import Root
+from workers.turns import ATTEMPTS as ATTEMPTS
+from workers.turns import Batch, Event, Turn, Worker
 
 log = logging.getLogger("vnet")
 
-ATTEMPTS = 2
-"""How often a case is given to an actor; the second time it has the actor for itself, so that it alone is to blame."""
 TICK_S = 1.0
 """How often the pool looks after actors of which it hears nothing."""
 SLOW_TIMES = 20.0
@@ -40,61 +43,6 @@ SLOW_TIMES = 20.0
 STILLBORN = 3
 """So many actors in a row that end before they have begun, and no more are started."""
 DIED, HUNG = "engine.worker-died", "engine.case-hung"
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A case's turn with an actor."""
-
-    job: Job
-    attempt: int = 1
-
-    @property
-    def places(self) -> int:
-        """Places that it takes with an actor."""
-        return 1 if self.attempt == 1 else IN_FLIGHT
-
-    @property
-    def voxels(self) -> int:
-        """Of the scan; 0 where that is not known."""
-        return prod(self.job.case.geometry.shape) if self.job.case.geometry else 0
-
-
-@dataclass(eq=False, slots=True)
-class Worker:
-    """An actor as the pool sees it."""
-
-    handle: Any
-    ready: bool = False
-    held: dict[int, Turn] = field(default_factory=dict)
-    """By ticket."""
-    heard_s: float = 0.0
-    """When it was last given a case while it had none, or gave one back, on the pool's clock."""
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """An answer of a worker: to a ticket, or that it is ready."""
-
-    worker: Worker
-    ticket: int | None
-    answer: Future[Any]
-
-
-@dataclass(slots=True)
-class Batch:
-    """Cases that are being worked off."""
-
-    fresh: deque[Turn]
-    settled: Callable[[Outcome], None]
-    may_begin: Callable[[Job], bool]
-    suspects: deque[Turn] = field(default_factory=deque)
-    """Held by an actor that was replaced; they come last, each alone."""
-
-    @property
-    def waiting(self) -> bool:
-        """Whether any case waits for its turn."""
-        return bool(self.fresh or self.suspects)
 
 
 class SegmentPool:
@@ -145,10 +93,14 @@ class SegmentPool:
             if self.root.receipt(key):
                 settled(Outcome(job.case.id, STAGE, "cached", key=key))
             else:
-                batch.fresh.append(Turn(job))
+                batch.fresh.append(Turn(replace(job, divide=self._may_divide)))
         if batch.waiting:
             self._work_off(batch)
         return sorted(outcomes, key=lambda outcome: outcome.case)
+
+    @property
+    def _may_divide(self) -> bool:
+        return self.engines.segment_workers > 1
 
     def close(self) -> None:
         """End the actors."""
@@ -183,7 +135,7 @@ class SegmentPool:
             if worker is None:
                 return
             turn = turns.popleft()
-            if not batch.may_begin(turn.job):
+            if turn.job.step is None and not batch.may_begin(turn.job):
                 self._roster.free(worker, turn.places)
                 continue
             if not worker.held:
@@ -210,17 +162,21 @@ class SegmentPool:
             self._replace(worker, DIED, _first_line(error), batch)
         else:
             turn = self._taken_back(worker, ticket)
-            batch.settled(_failed(turn, DIED, _first_line(error)))
+            batch.settle(key_of(turn.job, self.model), turn, _failed(turn, DIED, _first_line(error)))
 
-    def _is_done(self, worker: Worker, ticket: int, outcome: Outcome, batch: Batch) -> None:
-        if GPU_LOST in outcome.codes:
-            self._replace(worker, GPU_LOST, outcome.message, batch)
+    def _is_done(self, worker: Worker, ticket: int, answer: Outcome | Division, batch: Batch) -> None:
+        if isinstance(answer, Outcome) and GPU_LOST in answer.codes:
+            self._replace(worker, GPU_LOST, answer.message, batch)
             return
         turn = self._taken_back(worker, ticket)
         worker.heard_s = self._now_s
+        if isinstance(answer, Division):
+            batch.share_out(key_of(turn.job, self.model), turn, answer)
+            self._hire(max(0, min(self.engines.segment_workers, answer.count) - len(self._workers)))
+            return
         if turn.voxels:
-            self._slowest_s = max(self._slowest_s, outcome.seconds / turn.voxels)
-        batch.settled(outcome)
+            self._slowest_s = max(self._slowest_s, answer.seconds / turn.voxels)
+        batch.settle(key_of(turn.job, self.model), turn, answer)
 
     def _taken_back(self, worker: Worker, ticket: int) -> Turn:
         turn = worker.held.pop(ticket)
@@ -287,19 +243,23 @@ class SegmentPool:
 
     def _try_again(self, turn: Turn, code: str, why: str, batch: Batch) -> None:
         job, key = turn.job, key_of(turn.job, self.model)
-        receipt = self.root.receipt(key)
+        receipt = None if turn.is_portion else self.root.receipt(key)
         if receipt is not None:
             costs = {name: receipt[name] for name in ("seconds", "peak_bytes")}
             batch.settled(Outcome(job.case.id, STAGE, "computed", key=key, **costs))
         elif turn.attempt >= ATTEMPTS:
-            batch.settled(_failed(turn, code, why))
+            batch.settle(key, turn, _failed(turn, code, why))
+        elif turn.is_portion:  # others of the case go on meanwhile, so that its number stays
+            batch.suspects.append(Turn(job, turn.attempt + 1))
         else:
             try:
-                job = replace(job, claim=renewed(self.root, job.claim)) if job.claim else job
+                claim = renewed(self.root, job.claim) if job.claim else None
             except StorageError as error:
                 batch.settled(Outcome(job.case.id, STAGE, "failed", (error.code,), error.message))
             else:
-                batch.suspects.append(Turn(job, turn.attempt + 1))
+                # what was half published is divided again: a map that is half cleaned is no map
+                again = replace(job, claim=claim, step=None, divide=self._may_divide)
+                batch.suspects.append(Turn(again, turn.attempt + 1))
 
     # --- actors of which nothing is heard
 

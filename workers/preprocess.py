@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
+import numpy as np
+
 from vnet_core import geometry as geo
-from vnet_core.drift import profile
+from vnet_core.drift import Sample, profile
 from vnet_core.errors import ScanError
 from vnet_core.plan import Plan
-from workers.arrays import write_arrays
+from workers.arrays import InSlabs, write_in_slabs
 from workers.cohort import Case, read_channels, scan_label, source_digest, volume_key
 from workers.failpoints import fail_point
 from workers.ledger import Costs, Outcome, State, settle
@@ -57,7 +59,7 @@ def preprocess_case(root_url: str, case: Case, plan: Plan) -> Outcome:
     A volume that is finished is `cached`: an engine may do again what it had lost the answer of.
     """
     # brings torch in, which the process that hands out the cases does without
-    from vnet_core.preprocess import prepare
+    from vnet_core.preprocess import planned
 
     for_the_owner_alone()
     root = Root(root_url)
@@ -71,11 +73,20 @@ def preprocess_case(root_url: str, case: Case, plan: Plan) -> Outcome:
         if source_digest(case.channels, plan.reading) != case.digest:
             raise ScanError("scan.changed", "the file's bytes are not those that were ingested; run vnet ingest again")
         fail_point("preprocess:read", key)
-        prepared = prepare(image, label, plan.preprocess)
-        arrays = {"image": prepared.image}
-        if prepared.label is not None:
-            arrays["label"] = prepared.label
-        write_arrays(root, key, arrays, {"geometry": geo.to_mapping(prepared.geometry)})
+        prepared = planned(image, label, plan.preprocess)
+        shape = (len(plan.channels), *prepared.geometry.shape)
+        sample = Sample(shape)
+
+        def image_planes(wanted: slice) -> np.ndarray:
+            planes = prepared.image(wanted)
+            sample.add(planes)
+            return planes
+
+        arrays = {"image": InSlabs(shape, np.dtype(np.float32), image_planes)}
+        if prepared.labels is not None:
+            arrays["label"] = InSlabs(shape[1:], prepared.labels.dtype, prepared.label)
+        planes = prepared.planes_within(int(plan.inference.memory_limit_gib * 2**30))
+        write_in_slabs(root, key, arrays, {"geometry": geo.to_mapping(prepared.geometry)}, planes)
         fail_point("preprocess:written")
         root.seal(
             key,
@@ -85,7 +96,7 @@ def preprocess_case(root_url: str, case: Case, plan: Plan) -> Outcome:
                 "label_digest": case.label_digest,
                 "plan_digest": plan.volume_digest,
                 "geometry": geo.to_mapping(prepared.geometry),
-                "profile": profile(image, prepared.image),
+                "profile": profile(image, sample),
                 **costs.facts(),
             },
         )

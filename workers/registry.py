@@ -21,7 +21,7 @@ from typing import Any, Literal
 from vnet_core.errors import ConfigError, StorageError
 from workers.cohort import check_name
 from workers.harmless import one_line
-from workers.store import Root
+from workers.store import RECEIPT, Root
 
 Alias = Literal["champion", "challenger"]
 Action = Literal["promote", "challenge", "withdraw", "rollback"]
@@ -55,8 +55,17 @@ class Change:
 
 def versions(root: Root, name: str) -> list[str]:
     """Finished versions of a model, oldest first."""
-    found = [v for v in root.names(f"models/{name}") if root.receipt(f"models/{name}/{v}")]
-    return sorted(found, key=_number)
+    return sorted((v for v in root.names(f"models/{name}") if _has_receipt(root, f"models/{name}/{v}")), key=_number)
+
+
+def _has_receipt(root: Root, prefix: str) -> bool:
+    """Also a damaged one: a version is not passed over for an older one because its receipt cannot be read."""
+    try:
+        return root.is_object(f"{prefix}/{RECEIPT}")
+    except StorageError as error:
+        if error.code != "store.outside":
+            raise
+        return False
 
 
 def next_version(root: Root, name: str) -> str:

@@ -97,9 +97,12 @@ def collect(
         elif spare.key in left:
             root.place.discard(left[spare.key])
         elif spare.kind == "unfinished" and spare.key.startswith("archives/"):
-            shutil.rmtree(private / spare.key, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                shutil.rmtree(private / spare.key)
             with suppress(OSError):  # another run is unpacking there
                 (private / spare.key).parent.rmdir()
+        elif spare.kind == "unfinished" and root.place.exists(f"{spare.key}/{RECEIPT}"):
+            continue  # a run has finished it since
         elif spare.kind == "unfinished":
             # what is half done may have a name that no key has
             root.place.delete(spare.key)

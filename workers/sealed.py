@@ -14,7 +14,7 @@ from typing import Any
 from workers.clusters import processors
 from workers.harmless import one_line
 from workers.objects import Stored
-from workers.store import RECEIPT, Root
+from workers.store import RECEIPT, Root, raise_if_silent
 
 UNFINISHED = timedelta(days=1)
 """Files without a receipt that are younger may belong to a run that is still at work."""
@@ -137,7 +137,8 @@ def _check(root: Root, key: str, now: datetime) -> Checked:
 def _receipt_bytes(root: Root, key: str) -> bytes | None:
     try:
         return root.place.get(f"{key}/{RECEIPT}")
-    except OSError:
+    except OSError as error:
+        raise_if_silent(error)
         return None
 
 
@@ -180,6 +181,7 @@ def look(root: Root, key: str, now: datetime) -> Checked:
             findings.append(finding("fsck.missing", f"{one_line(name)} is not there"))
             continue
         except OSError as error:
+            raise_if_silent(error)
             findings.append(finding("fsck.unreadable", f"{one_line(name)} cannot be read ({error.strerror})"))
             continue
         hashed, read = hashed + 1, read + size
@@ -199,6 +201,7 @@ def read_receipt(root: Root, key: str) -> tuple[dict[str, Any] | None, str]:
     except (FileNotFoundError, NotADirectoryError):
         return None, ""
     except OSError as error:
+        raise_if_silent(error)
         return None, f"the receipt cannot be read ({error.strerror})"
     except (ValueError, RecursionError):
         return None, "the receipt is no JSON"

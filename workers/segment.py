@@ -22,6 +22,7 @@ from workers.masks import Mask, MaskFormat, check_format, label_values, mask_fil
 from workers.models import Model, load_model, load_networks
 from workers.modes import for_the_owner_alone
 from workers.profiles import drift_of
+from workers.shares import Division, Step
 from workers.store import Root
 
 if TYPE_CHECKING:
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
 
     from vnet_core.geometry import Geometry
     from vnet_core.spread import Spread
-    from workers.large import Large
+    from workers.large import Large, Work
 
 STAGE = "segment"
+OUT_OF_MEMORY = "segment.out-of-memory"
 GPU_LOST = "engine.gpu-lost"
 """Code of a case whose process can use its GPU no more."""
 
@@ -49,6 +51,10 @@ class Job:
     """Axes to mirror along instead of those of the model's plan."""
     claim: Claim | None = None
     """Leave to publish the result; asked once more right before."""
+    divide: bool = False
+    """Whether others may do a part of it, where it goes through in portions."""
+    step: Step | None = None
+    """What is to be done about a case that is divided."""
 
 
 class Segmenter:
@@ -75,28 +81,39 @@ class Segmenter:
 
     def segment(self, job: Job) -> Outcome:
         """Publish one case's mask; its outcome says what happened, it never raises."""
-        return settle(STAGE, job.case.id, lambda: self._attempt(job))
+        outcome = self.take(replace(job, divide=False))
+        assert isinstance(outcome, Outcome), "nobody asked for a division"
+        return outcome
 
-    def _attempt(self, job: Job) -> tuple[State, str, tuple[str, ...]]:
-        with naming_a_lost_gpu():
-            return self._segment(job)
+    def take(self, job: Job) -> Outcome | Division:
+        """As :meth:`segment`; how a case is divided that others may do a part of, and what became of such a part."""
+        found: list[Division] = []
+
+        def attempt() -> tuple[State, str | None, tuple[str, ...]]:
+            with naming_a_lost_gpu():
+                if job.step is not None and job.step.portion is not None:
+                    return self._portion(job, job.step.division, job.step.portion)
+                division = self._division(job) if job.divide else None
+                if division is not None:
+                    found.append(division)
+                    return "computed", None, ()
+                return self._segment(job)
+
+        outcome = settle(STAGE, job.case.id, attempt)
+        return found[0] if found else outcome
 
     def _segment(self, job: Job) -> tuple[State, str, tuple[str, ...]]:
         import torch
 
         from workers.dicom.derived import Algorithm
-        from workers.large import IN_PORTIONS, SMALLER_TILE, out_of_memory
-        from workers.large_masks import LargeMask, publish_large_mask
+        from workers.large import IN_PORTIONS, SMALLER_TILE, finished, out_of_memory
+        from workers.large_masks import publish_large_mask
 
         plan, case, costs = plan_of(job, self.model), job.case, Costs()
         key = key_of(job, self.model)
-        volume = volume_key(case, plan)
-        if self.root.receipt(volume) is None:
-            raise StorageError("segment.no-volume", f"{volume} of case {case.id} is not finished; preprocess it first")
-        assert case.geometry is not None, "a finished volume has a geometry"
+        volume, grid, scan_grid = self._ready(job, plan)
         check_format(case, job.mask_format)
-        grid = volume_geometry(self.root, volume)
-        whole = self._fits_whole(plan, grid.shape, case.geometry.shape)
+        whole = job.step is None and self._fits_whole(plan, grid.shape, scan_grid.shape)
         with self._sound(volume):
             image = torch.from_numpy(read_array(self.root, volume, "image")) if whole else None
         fail_point("segment:read", key)
@@ -106,15 +123,18 @@ class Segmenter:
         with costs.waiting(self._computing):
             if image is not None:
                 try:
-                    found = self._whole(image, grid, case.geometry, plan)
+                    found = self._whole(image, grid, scan_grid, plan)
                 except Exception as error:
                     if not out_of_memory(error):
                         raise
                     notes.append(IN_PORTIONS)
             image = None
-            if found is None:
+            if job.step is not None:
+                large, seconds = finished(self._work(job, plan), job.step.division)
+                costs.add(seconds)
+            elif found is None:
                 with self._sound(volume):
-                    large = self._in_portions(volume, f"{key}/portions", case, plan)
+                    large = self._in_portions(self._work(job, plan))
                 notes += [SMALLER_TILE] if large.smaller_tile else []
         fail_point("segment:computed")
         if source_digest(case.channels, plan.reading) != case.digest:
@@ -134,15 +154,74 @@ class Segmenter:
         drift = drift_of(self.root, volume, self.model.facts)
         if large is not None:
             provenance |= large.facts() | ({"warnings": notes} if notes else {})
-            parts = (case, large.values, plan, job.mask_format, algorithm, provenance)
-            limit_bytes = int(plan.inference.memory_limit_gib * 2**30)
-            large_mask = LargeMask(*parts, large.spread, drift, limit_bytes)
-            publish_large_mask(self.root, key, large_mask, lambda: self._last_words(job, costs))
+            stored = Mask(case, large.values, plan, job.mask_format, algorithm, provenance, large.spread, drift)
+            publish_large_mask(self.root, key, stored, lambda: self._last_words(job, costs))
         elif found is not None:
             mask = Mask(case, found[0], plan, job.mask_format, algorithm, provenance, found[1], drift)
             publish_mask(self.root, key, mask, lambda: self._last_words(job, costs))
         fail_point("segment:sealed", key)
         return "computed", key, tuple(notes)
+
+    def _ready(self, job: Job, plan: Plan) -> tuple[str, Geometry, Geometry]:
+        """Key and grid of the case's volume, and the scan's own grid; StorageError ``segment.no-volume``."""
+        volume = volume_key(job.case, plan)
+        if self.root.receipt(volume) is None:
+            raise StorageError(
+                "segment.no-volume", f"{volume} of case {job.case.id} is not finished; preprocess it first"
+            )
+        assert job.case.geometry is not None, "a finished volume has a geometry"
+        return volume, volume_geometry(self.root, volume), job.case.geometry
+
+    def _work(self, job: Job, plan: Plan) -> Work:
+        """What is needed to segment the case in portions."""
+        from workers.large import Work
+
+        volume, grid, scan_grid = self._ready(job, plan)
+        image = StoredArray(self.root, volume, "image").whole()
+        scratch = f"{key_of(job, self.model)}/portions"
+        return Work(self.root, scratch, self.networks, self.device, plan, image, (grid, scan_grid))
+
+    def _division(self, job: Job) -> Division | None:
+        """How a case is divided; None where it goes through whole, or is one portion."""
+        from vnet_core.portions import tile_of_portions
+        from workers.large import divide, out_of_memory
+
+        plan = plan_of(job, self.model)
+        volume, grid, scan_grid = self._ready(job, plan)
+        if self._fits_whole(plan, grid.shape, scan_grid.shape):
+            return None
+        tile = tile_of_portions(plan, grid.shape, self.precision.itemsize)
+        if tile is None:
+            return None
+        check_format(job.case, job.mask_format)
+        with self._sound(volume):
+            work = self._work(job, plan)
+        try:
+            portions = divide(work, tile)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return None  # alone it is tried in smaller tiles
+        count = len(portions.regions())
+        return Division(tile, portions.edges, portions.peak_bytes, count) if count > 1 else None
+
+    def _portion(self, job: Job, division: Division, number: int) -> tuple[State, None, tuple[str, ...]]:
+        """Do one portion; MemoryLimitError ``segment.out-of-memory`` where memory is too little for it here."""
+        from workers.large import do_portion, out_of_memory
+
+        plan = plan_of(job, self.model)
+        try:
+            with self._computing, self._sound(volume_key(job.case, plan)):
+                do_portion(self._work(job, plan), division, number)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise MemoryLimitError(
+                OUT_OF_MEMORY,
+                f"memory ran out over portion {number} of {division.count} ({type(error).__name__}); use fewer"
+                " segment_workers, or machines with more memory",
+            ) from error
+        return "computed", None, ()
 
     def _fits_whole(self, plan: Plan, network_shape: Shape, scan_shape: Shape) -> bool:
         """Whether what the case holds beside its pass is within the plan's limit, so that it is done whole."""
@@ -172,19 +251,16 @@ class Segmenter:
         values = clean(label_values(classes, plan.labels), scan_grid.voxel_ml, plan.inference.cleaning)
         return values, spread
 
-    def _in_portions(self, volume: str, scratch: str, case: Case, plan: Plan) -> Large:
-        """The case's label map in the storage root below ``scratch``, with smaller tiles where memory asks for it.
+    def _in_portions(self, work: Work) -> Large:
+        """A case's label map in the storage root, with smaller tiles where memory asks for it.
 
         MemoryLimitError ``segment.out-of-memory`` where even the smallest tile is too much.
         """
         from vnet_core.inference import computed_shape
         from vnet_core.portions import smaller_tile, tile_of_portions
-        from workers.large import Work, out_of_memory, segment_in_portions
+        from workers.large import out_of_memory, segment_in_portions
 
-        assert case.geometry is not None, "a finished volume has a geometry"
-        image = StoredArray(self.root, volume, "image").whole()
-        grid = volume_geometry(self.root, volume)
-        work = Work(self.root, scratch, self.networks, self.device, plan, image, (grid, case.geometry))
+        plan, grid = work.plan, work.grids[0]
         first = tile_of_portions(plan, grid.shape, self.precision.itemsize)
         tile = first
         while True:
@@ -197,7 +273,7 @@ class Segmenter:
             smaller = smaller_tile(tile or computed_shape(plan, grid.shape), plan.network.divisor)
             if smaller is None:
                 raise MemoryLimitError(
-                    "segment.out-of-memory",
+                    OUT_OF_MEMORY,
                     f"memory ran out even with tiles of {tile} voxels, the smallest ({reason}); use fewer"
                     " segment_workers, or a machine with more memory",
                 )

@@ -29,6 +29,7 @@ FETCHED_AT_ONCE = 8
 """Objects that are fetched side by side."""
 HOME_VARIABLE = "VNET_HOME"
 """Names the folder of this machine for what belongs to a root and cannot lie in a bucket."""
+_SILENT = ("store.denied", "store.no-bucket", "store.unavailable", "store.short", "store.full")
 _PART = re.compile(r"[A-Za-z0-9._@+=-]+")
 
 
@@ -80,7 +81,7 @@ class Root:
         return f"{self.shown}/{_checked(key)}"
 
     def probe(self) -> None:
-        """Write, read, refuse to overwrite and delete one small object.
+        """Write, read, look for, refuse to overwrite and delete one small object.
 
         StorageError ``store.unwritable``, ``store.full``, ``store.denied``, ``store.unavailable`` or
         ``store.no-bucket`` says what failed, and ``store.overwrites`` that exclusive writes do not exist there.
@@ -89,6 +90,8 @@ class Root:
         try:
             self.put(key, b"probe")
             exclusive = not self.create(key, b"other")
+            kept = self.get(key) == b"probe" or not exclusive
+            self.exists(f"{key}-none")  # a listing
             self.delete(key)
         except StorageError:
             raise
@@ -98,6 +101,12 @@ class Root:
                 f"the storage root {self.shown} cannot be written ({error.strerror or error}); choose another with"
                 " --root or VNET_ROOT, or mend its permissions",
             ) from error
+        if not kept:
+            raise StorageError(
+                "store.unwritable",
+                f"the storage root {self.shown} does not give back what was written; check what lies between, or choose"
+                " another with --root or VNET_ROOT",
+            )
         if not exclusive:
             raise StorageError(
                 "store.overwrites",
@@ -197,14 +206,17 @@ class Root:
             yield
 
     def receipt(self, prefix: str) -> dict[str, Any] | None:
-        """The receipt of a finished result, or None when it is not finished, or lies behind a link out of the root."""
+        """The receipt of a finished result, or None when it is not finished, or lies behind a link out of the root.
+
+        A receipt that is damaged finishes nothing: the result is made again, and :meth:`damaged` names it.
+        """
         try:
-            found: dict[str, Any] = self.get_json(f"{prefix}/{RECEIPT}")
+            found = self.get_json(f"{prefix}/{RECEIPT}")
         except StorageError as error:
-            if error.code not in ("store.missing", "store.outside"):
+            if error.code not in ("store.missing", "store.outside", "store.corrupt"):
                 raise
             return None
-        return found
+        return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else None
 
     def seal(self, prefix: str, facts: dict[str, Any]) -> dict[str, Any]:
         """Make every file under ``prefix`` durable and publish the result by writing its receipt.
@@ -221,9 +233,8 @@ class Root:
     def digest(self, key: str) -> str:
         """SHA-256 (hex) of an object's bytes; FileNotFoundError when there is none."""
         digest = hashlib.sha256()
-        with self.place.open(_checked(key)) as file:
-            while some := file.read(1 << 20):
-                digest.update(some)
+        for some in self.place.pieces(_checked(key)):
+            digest.update(some)
         return digest.hexdigest()
 
     def damaged(self, prefix: str) -> list[str]:
@@ -251,6 +262,13 @@ class Root:
             yield
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise StorageError("store.missing", f"{key} is not in the storage root {self.shown}") from None
+
+
+def raise_if_silent(error: OSError) -> None:
+    """Raise it again where the store refuses or does not answer: nothing is known then of what lies there, so that
+    nothing may be called missing, dead or damaged."""
+    if isinstance(error, StorageError) and error.code in _SILENT:
+        raise error
 
 
 def file_digest(path: Path) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vnet_core import drift as module
-from vnet_core.drift import FEWEST_SCANS, PERCENTILES, drift, model_profile, profile
+from vnet_core.drift import FEWEST_SCANS, PERCENTILES, Sample, drift, model_profile, profile
 from vnet_core.geometry import CANONICAL_DIRECTION, Geometry, matrix_of
 from vnet_core.plan import Plan
 from vnet_core.preprocess import prepare
@@ -39,7 +39,7 @@ def figures(spacing_z=1.0, level=0.0, extent_z=100.0) -> dict:
 def test_a_profile_of_the_numbers_from_0_to_100():
     # the lowest is background; of 1 .. 100 the 5th percentile is 5.95, the median 50.5
     values = np.concatenate([np.arange(101), np.zeros(19)]).reshape(1, 4, 5, 6).astype(np.int16)
-    found = profile(scan(values), values / 100.0)
+    found = profile(scan(values), Sample.of(values / 100.0))
     assert found["spacing_mm"] == [2.0, 1.0, 1.0]
     assert found["extent_mm"] == [8.0, 5.0, 6.0]
     assert found["intensities"] == [[5.95, 25.75, 50.5, 75.25, 95.05]]
@@ -51,7 +51,7 @@ def test_axes_are_those_of_the_network():
     # the first axis of the array runs along x
     sagittal = matrix_of(np.array([[1.0, 0, 0], [0, 0, 1.0], [0, 1.0, 0]]))
     values = np.arange(120).reshape(1, 4, 5, 6)
-    found = profile(scan(values, (2.0, 0.5, 1.0), sagittal), values)
+    found = profile(scan(values, (2.0, 0.5, 1.0), sagittal), Sample.of(values))
     assert sorted(found["spacing_mm"]) == [0.5, 1.0, 2.0]
     assert found["spacing_mm"][2] == 2.0, "x comes last"
     assert found["extent_mm"][2] == 8.0
@@ -59,11 +59,11 @@ def test_axes_are_those_of_the_network():
 
 def test_a_large_channel_is_sampled_and_a_channel_of_one_value_has_it(monkeypatch):
     values = np.random.default_rng(0).normal(100, 10, (1, 40, 40, 40))
-    whole = profile(scan(values), values)
+    whole = profile(scan(values), Sample.of(values))
     monkeypatch.setattr(module, "SAMPLED", 8_000)
-    assert np.allclose(profile(scan(values), values)["intensities"], whole["intensities"], atol=1.0)
+    assert np.allclose(profile(scan(values), Sample.of(values))["intensities"], whole["intensities"], atol=1.0)
     flat = np.full((1, 4, 4, 4), 7.0)
-    assert profile(scan(flat), flat)["normalised"] == [[7.0] * 5]
+    assert profile(scan(flat), Sample.of(flat))["normalised"] == [[7.0] * 5]
 
 
 def test_a_few_training_scans_make_no_ranges():
@@ -126,9 +126,20 @@ def test_scans_of_one_kind_do_not_drift_and_another_kind_does():
     def made(level: float, spacing_z: float) -> dict:
         voxels = rng.normal(level, 40, (1, 12, 14, 16)).astype(np.float32)
         image = scan(voxels, (spacing_z, 1.0, 1.0))
-        return profile(image, prepare(image, None, settings.preprocess).image)
+        return profile(image, Sample.of(prepare(image, None, settings.preprocess).image))
 
     ranges = model_profile([made(rng.normal(60, 5), rng.uniform(1.0, 1.5)) for _ in range(30)], settings)
     assert sum(bool(drift(made(rng.normal(60, 5), rng.uniform(1.0, 1.5)), ranges)) for _ in range(40)) <= 1
     assert drift(made(60, 5.0), ranges)[0].startswith("spacing 5 mm along z, training 1.")
     assert any("intensity of channel CT" in reason for reason in drift(made(200, 1.2), ranges))
+
+
+def test_a_sample_is_the_same_however_many_planes_come_at_once(monkeypatch):
+    monkeypatch.setattr(module, "SAMPLED", 100)
+    voxels = np.random.default_rng(0).normal(size=(2, 23, 12, 14)).astype(np.float32)
+    expected = Sample.of(voxels).percentiles()
+    for planes in (1, 4, 5):
+        sample = Sample(voxels.shape)
+        for start in range(0, 23, planes):
+            sample.add(voxels[:, start : start + planes])
+        assert sample.percentiles() == expected

@@ -1,10 +1,15 @@
 """To the network's grid and back: what comes back, what is refused, and intensities by hand."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
+from vnet_core import volume
 from vnet_core.decide import most_probable
 from vnet_core.errors import ScanError
 from vnet_core.geometry import (
@@ -17,7 +22,7 @@ from vnet_core.geometry import (
     world_mm,
 )
 from vnet_core.phantoms import PhantomSpec, phantom
-from vnet_core.preprocess import normalise, prepare, restore, without_bias
+from vnet_core.preprocess import normalise, planned, prepare, restore, without_bias
 from vnet_core.sections import PreprocessPlan
 from vnet_core.volume import Volume, foreground_box
 
@@ -56,6 +61,92 @@ def one_hot_logits(label: np.ndarray, values=(0, 1, 3)) -> torch.Tensor:
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
     return 2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b))
+
+
+# --- in slabs
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("spacing_mm", [(1.0, 1.0, 1.0), (2.0, 0.8, 1.1), (0.7, 1.9, 2.3), (4.0, 3.0, 3.5)])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"interpolation": "anisotropic", "label_interpolation": "nearest", "intensity": "range"},
+        {"intensity": "window", "crop_foreground": False},
+    ],
+    ids=["zscore", "anisotropic", "window"],
+)
+def test_any_planes_alone_are_those_among_all_to_the_last_bit(name, spacing_mm, sections):
+    image, label = ball_in_noise(*GRIDS[name])
+    plan = PreprocessPlan(spacing_mm=spacing_mm, **sections)
+    whole, parts = prepare(image, label, plan), planned(image, label, plan)
+    assert parts.geometry == whole.geometry
+    count = parts.geometry.shape[0]
+    for planes in (1, 3, 7, count - 1):
+        for start in range(0, count, planes):
+            wanted = slice(start, min(start + planes, count))
+            found = parts.image(wanted)
+            assert found.flags.c_contiguous
+            assert found.tobytes() == np.ascontiguousarray(whole.image[:, wanted]).tobytes()
+            np.testing.assert_array_equal(parts.label(wanted), whole.label[wanted])
+
+
+def test_statistics_and_foreground_do_not_depend_on_how_much_is_looked_at_together(monkeypatch):
+    image, _ = ball_in_noise(*GRIDS["oblique"])
+    box, voxels = foreground_box(image.voxels), normalise(image.voxels, PreprocessPlan())
+    inside = image.voxels[image.voxels > 0].astype(np.float64)
+    expected = (image.voxels - inside.mean()) / inside.std()
+    np.testing.assert_allclose(voxels, expected, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(volume, "SLAB_VOXELS", 100)
+    assert foreground_box(image.voxels) == box
+    np.testing.assert_allclose(normalise(image.voxels, PreprocessPlan()), voxels, rtol=1e-6, atol=1e-6)
+
+
+MEASURE = """
+import ctypes, json, re
+import numpy as np
+from vnet_core.geometry import Geometry
+from vnet_core.preprocess import planned
+from vnet_core.sections import PreprocessPlan
+from vnet_core.volume import Volume
+
+def status(field):
+    with open("/proc/self/status") as file:
+        return 1024 * int(re.search(field + r":\\s+(\\d+)", file.read())[1])
+
+def peak_of(work):
+    ctypes.CDLL(None).malloc_trim(0)
+    before = status("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    work()
+    return status("VmHWM") - before
+
+shape, told = (300, 256, 256), []
+voxels = np.random.default_rng(0).integers(0, 1000, (1, *shape), np.int16)
+image = Volume(voxels, Geometry(shape, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)))
+for spacing_mm in ((1.3, 1.1, 0.9), (2.0, 2.0, 2.0), (0.6, 0.7, 0.8)):
+    plan = PreprocessPlan(spacing_mm=spacing_mm, crop_foreground=False)
+    planned(image, None, plan).image(slice(0, 2))
+    made = []
+    finding = peak_of(lambda: made.append(planned(image, None, plan)))
+    planes = made[0].planes_within(64 << 20)
+    first = made[0].geometry.shape[0] // 2 - planes // 2
+    told.append([finding, peak_of(lambda: made[0].image(slice(first, first + planes))), planes])
+print(json.dumps(told))
+"""
+
+
+def test_planes_that_fit_a_limit_take_no_more_than_it():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the peak of one call is read from /proc, which only Linux has")
+    run = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    for finding_bytes, slab_bytes, planes in json.loads(run.stdout):
+        assert planes > 10
+        assert slab_bytes < 64 << 20
+        # of 300 planes with 39 MB as stored, beside which as float64 they would be 157 MB
+        assert finding_bytes < 80e6
 
 
 # --- there and back

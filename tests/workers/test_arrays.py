@@ -15,7 +15,15 @@ from vnet_core.colours import rgb
 from vnet_core.errors import StorageError
 from vnet_core.geometry import CANONICAL_DIRECTION, Geometry, from_mapping, matrix_of
 from vnet_core.plan import Label
-from workers.arrays import CHUNK_EDGE, SHARD_EDGE, read_array, write_arrays, write_ome_labels
+from workers.arrays import (
+    CHUNK_EDGE,
+    SHARD_EDGE,
+    InSlabs,
+    read_array,
+    write_arrays,
+    write_in_slabs,
+    write_ome_labels,
+)
 from workers.store import Root
 
 LABELS = (Label(value=1, name="liver"), Label(value=300, name="tumour"))
@@ -80,6 +88,19 @@ def test_several_arrays_and_their_attributes(root):
     assert root.exists("v/label/zarr.json")
     assert not root.exists("v/truth/zarr.json")
     assert not root.exists("w/label/zarr.json")
+
+
+@pytest.mark.parametrize("planes", [1, 50, 64, 100, 128, 1000])
+def test_slabs_leave_the_files_of_the_whole(root, planes):
+    arrays = {"image": noise(2, 150, 70, 9), "label": noise(150, 70, 9, dtype=np.uint8)}
+    write_arrays(root, "whole", arrays, {"a": 1})
+    slabs = {
+        name: InSlabs(array.shape, array.dtype, lambda wanted, array=array: array[..., wanted, :, :])
+        for name, array in arrays.items()
+    }
+    write_in_slabs(root, "slabs", slabs, {"a": 1}, planes)
+    whole, found = ({s.key.removeprefix(key): root.get(s.key) for s in root.walk(key)} for key in ("whole", "slabs"))
+    assert found == whole
 
 
 def test_a_second_write_replaces_everything(root):

@@ -112,6 +112,16 @@ def test_readers_are_those_that_the_rule_names_whatever_the_umask(root, folder, 
     assert (done.written, done.unchanged) == ((), 2)
 
 
+def test_a_mask_that_is_gone_keeps_no_other_from_being_delivered(root, folder):
+    keys = {case: result(root, case) for case in "abcd"}
+    root.delete(f"{keys['a']}/receipt.json")
+    root.put(f"{keys['b']}/report.json", b"half")
+    root.delete(f"{keys['c']}/mask.nii.gz")
+    done = send(root, folder, *((case, key, "") for case, key in keys.items()))
+    assert (done.damaged, done.written) == (("a", "b", "c"), ("d",))
+    assert visible(folder) == {"d.nii.gz"} | INDEX
+
+
 def test_what_lies_there_is_not_written_again(root, folder):
     key = result(root, "a")
     send(root, folder, ("a", key, ""))

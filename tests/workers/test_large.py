@@ -3,80 +3,24 @@
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 import zarr
 
-from vnet_core.errors import StorageError
-from vnet_core.geometry import Geometry, matrix_of
-from vnet_core.networks.vnet import build_vnet
+from tests.workers.large_case import GRID, ROOMY_GIB, TIGHT_GIB, plan_of, ready, segmenter
+from vnet_core.errors import MemoryLimitError, StorageError
 from vnet_core.plan import Plan
 from vnet_core.portions import Portions, divided
-from vnet_core.volume import Volume
 from workers import large, large_masks
 from workers.arrays import StoredArray, create_array
-from workers.cohort import Case, source_digest, volume_geometry, volume_key
+from workers.cohort import Case, volume_geometry, volume_key
 from workers.large_masks import NO_LARGE_PICTURE
 from workers.masks import label_values
-from workers.models import Target, publish
-from workers.preprocess import preprocess_case
-from workers.scans import write_volume
 from workers.segment import Job, Segmenter
+from workers.shares import Division
 from workers.store import Root
-
-ROOMY_GIB, TIGHT_GIB = 6.0, 0.5
-"""What a plan allows so that a small case is segmented whole, and in portions."""
-SAGITTAL = matrix_of([[1, 0, 0], [0, 0, -1], [0, -1, 0]])
-GRID = Geometry((18, 27, 25), (1.0, 0.7, 1.2), (5.0, -3.0, 8.0), SAGITTAL)
-
-
-def plan_of(limit_gib: float, **sections) -> Plan:
-    labels = [{"value": 1, "name": "one"}, {"value": 4, "name": "four"}, {"value": 300, "name": "large"}]
-    return Plan.from_mapping(
-        {
-            "labels": labels,
-            "head": "sigmoid",
-            "regions": [
-                {"name": "all", "values": [1, 4, 300], "paints": 1},
-                {"name": "four", "values": [4], "paints": 4},
-                {"name": "large", "values": [300], "paints": 300},
-            ],
-            "preprocess": {"spacing_mm": [1.1, 1.0, 0.8]},
-            "network": {"kernel_size": 3, "width": 2, "convolutions": [1, 1], "normalisation": "instance"},
-            "training": {"patch_size": [8, 8, 8]},
-            "inference": {"precision": "float32", "memory_limit_gib": limit_gib, **sections.pop("inference", {})},
-            **sections,
-        }
-    )
-
-
-def scan_in(folder: Path, grid: Geometry) -> Case:
-    noise = torch.randn((1, 1, 6, 7, 6), generator=torch.Generator().manual_seed(1))
-    smooth = torch.nn.functional.interpolate(noise, size=grid.shape, mode="trilinear")[0, 0].numpy()
-    voxels = (300 * smooth + np.random.default_rng(0).normal(0, 20, grid.shape)).astype(np.int16)
-    folder.mkdir(exist_ok=True)
-    write_volume(folder / "a.nii.gz", Volume(voxels[None], grid))
-    return Case("a", (str(folder / "a.nii.gz"),), digest="", geometry=grid)
-
-
-def segmenter(root: Root, plan: Plan, version: str, networks: int = 1) -> Segmenter:
-    weights = []
-    for seed in range(networks):
-        torch.manual_seed(seed)
-        weights.append(safetensors.torch.save(build_vnet(plan.network, 1, plan.outputs).state_dict()))
-    publish(root, Target("organs", version, plan), weights, {}, {})
-    return Segmenter(root.url, f"organs@{version}", 1)
-
-
-def ready(root: Root, plan: Plan, folder: Path, grid: Geometry = GRID) -> Case:
-    case = scan_in(folder, grid)
-    case = replace(case, digest=source_digest(case.channels))
-    assert preprocess_case(root.url, case, plan).done
-    return case
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +116,66 @@ def do_share(url: str, plan: Plan, case: Case, scratch: str, first: int, of: int
     for portion, found in large.segmented(work, portions, chosen if of == 1 else chosen[::-1]):
         values.write(label_values(found.classes, plan.labels), *portion.slices)
     return len(chosen)
+
+
+def test_portions_in_any_order_leave_the_case_that_one_process_makes(tmp_path):
+    root = Root(tmp_path / "root")
+    cleaning = [{"label": 4, "keep": "largest"}, {"label": 1, "minimum_ml": 0.01, "holes": "fill"}]
+    plan = plan_of(TIGHT_GIB, inference={"mirror_axes": [2], "cleaning": cleaning})
+    case = ready(root, plan, tmp_path / "scans", replace(GRID, shape=(18, 40, 70)))
+    segmenter(root, plan, "v", 2)
+    found = []
+    for scratch, step in (("one", 1), ("other", -1)):
+        work, portions = work_of(root, plan, case, scratch)
+        portions = replace(portions, passes=4)
+        large.label_map(work, portions)
+        division = Division((8, 8, 8), portions.edges, 2**20, len(portions.regions()))
+        assert division.count == 2 * 3
+        with pytest.raises(StorageError, match=r"done/0\.json"):
+            large.finished(work, division)
+        for number in range(division.count)[::step]:
+            large.do_portion(work, division, number)
+        before = {stored.key: stored.modified for stored in root.walk(scratch)}
+        large.do_portion(work, division, 0)
+        assert {stored.key: stored.modified for stored in root.walk(scratch)} == before, "what is there is left"
+        made, seconds = large.finished(work, division)
+        assert seconds > 0
+        assert made.facts() == {"portions": 6, "tile": [8, 8, 8], "predicted_bytes": 2**20}
+        found.append((made.values.read(slice(None)), made.spread))
+    (values, spread), (others, other_spread) = found
+    np.testing.assert_array_equal(values, others)
+    np.testing.assert_array_equal(spread.counts, other_spread.counts)
+    # and as one process does it by itself
+    alone = large.segment_in_portions(replace(work, scratch="alone"), (8, 8, 8))
+    np.testing.assert_array_equal(alone.values.read(slice(None)), values)
+    np.testing.assert_array_equal(alone.spread.counts, spread.counts)
+    assert len(np.unique(values)) > 1
+
+
+def test_a_portion_that_is_lost_before_the_end_is_told(tmp_path):
+    root = Root(tmp_path / "root")
+    plan = plan_of(TIGHT_GIB)
+    case = ready(root, plan, tmp_path / "scans", replace(GRID, shape=(18, 27, 40)))
+    segmenter(root, plan, "v")
+    work, portions = work_of(root, plan, case, "work")
+    large.label_map(work, portions)
+    division = Division((8, 8, 8), portions.edges, 2**20, 2)
+    for number in range(2):
+        large.do_portion(work, division, number)
+    root.delete("work/labels/c/0/0/1")
+    with pytest.raises(StorageError, match="lacks 1 shards"):
+        large.finished(work, division)
+
+
+def test_a_portion_that_needs_more_than_is_free_is_not_begun(tmp_path):
+    root = Root(tmp_path / "root")
+    plan = plan_of(TIGHT_GIB)
+    case = ready(root, plan, tmp_path / "scans")
+    segmenter(root, plan, "v")
+    work, portions = work_of(root, plan, case, "work")
+    with pytest.raises(MemoryLimitError, match=r"needs 1048576.00 GiB, \d+.\d\d GiB are free") as told:
+        large.do_portion(work, Division((8, 8, 8), portions.edges, 2**50, 1), 0)
+    assert told.value.code == "memory.portion"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Sources in a bucket of a real S3 server: brought once, kept in step, and never beyond their folder."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,31 @@ def test_a_copy_follows_its_prefix(bucket: Root, private: Root) -> None:
     mirrored(private, f"{bucket.url}/day")
     assert files(folder) == {"a.nii": b"one", "new.nii": b"three"}
     assert not (folder / "deep").exists()
+
+
+def test_folders_that_a_console_has_made_are_no_scans(bucket: Root, private: Root, writable_store: ObjectStore) -> None:
+    client, prefix = writable_store.client(), bucket.url.removeprefix("s3://tests/")
+    made = {"day/": b"", "day/deep/": b"", "day/empty/": b"", "day/a b#1%20é~.nii": b"odd"}
+    bucket.put("day/deep/b.nii", b"two")
+    bucket.put("day/nothing.nii", b"")
+    for name, content in made.items():
+        client.put_object(Bucket="tests", Key=f"{prefix}/{name}", Body=content)
+    try:
+        folder = mirrored(private, f"{bucket.url}/day")
+    finally:  # others empty the bucket by keys of ours
+        for name in reversed(made):
+            client.delete_object(Bucket="tests", Key=f"{prefix}/{name}")
+    assert files(folder) == {"deep/b.nii": b"two", "nothing.nii": b"", "a b#1%20é~.nii": b"odd"}
+
+
+def test_two_that_look_at_once_do_not_disturb_each_other(bucket: Root, private: Root) -> None:
+    for number in range(12):
+        bucket.put(f"day/{number}.nii", bytes([number]) * 3_000_000)
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda _: mirrored(private, f"{bucket.url}/day"), range(3)))
+    assert len(set(found)) == 1
+    assert files(found[0]) == {f"{number}.nii": bytes([number]) * 3_000_000 for number in range(12)}
+    assert private.names("mirrors") == [found[0].name]
 
 
 def test_one_object_is_a_file(bucket: Root, private: Root) -> None:

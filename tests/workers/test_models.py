@@ -179,6 +179,16 @@ def test_a_changed_file_is_named_and_nothing_is_loaded(root, file):
     assert "liver@v1" in message
 
 
+def test_a_damaged_receipt_is_named_and_no_older_version_taken_instead(root):
+    published(root)
+    published(root, "v2")
+    file_of(root, f"models/liver/v2/{RECEIPT}").write_bytes(b"")
+    assert versions(root, "liver") == ["v1", "v2"]
+    code, message = error_of(StorageError, root, "liver")
+    assert code == "model.damaged"
+    assert "receipt.json of model liver@v2" in message
+
+
 def test_lost_weights_are_named(root):
     published(root)
     file_of(root, "models/liver/v1/weights.safetensors").unlink()

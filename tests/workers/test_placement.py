@@ -35,6 +35,13 @@ def test_several_passes_hold_sum_and_classes_beside():
     assert needed_bytes(PLAN, 3, GRID, on_gpu=True) == PROCESS_BYTES + voxels * (3 * 4 + 3)
 
 
+def test_a_case_that_goes_through_in_portions_asks_for_the_limit():
+    limit = int(PLAN.inference.memory_limit_gib * 2**30)
+    body = replace(GRID, shape=(1200, 800, 800), spacing_mm=(1.0, 1.0, 1.0))
+    for on_gpu in (False, True):
+        assert needed_bytes(PLAN, 3, body, on_gpu) == PROCESS_BYTES + limit
+
+
 @pytest.mark.parametrize("axes", [(), (0,), (0, 1, 2)])
 def test_it_says_what_the_actor_says(axes):
     plan = known_plan((5.0, 5.0, 20.0), mirror_axes=axes)

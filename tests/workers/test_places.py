@@ -1,5 +1,6 @@
 """What holds for every storage root, in a folder and in a bucket of a real S3 server."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,11 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
+import obstore
 import pytest
+from botocore.exceptions import ClientError
 
 from tests.object_store import READER, WRITER, ObjectStore, forget_connections, use_identity
 from vnet_core.errors import ConfigError, StorageError
 from workers import buckets
+from workers.arrays import StoredArray, read_array, write_arrays
+from workers.fsck import fsck
+from workers.leases import is_alive, run
+from workers.sealed import read_receipt
 from workers.store import RECEIPT, Root
 
 
@@ -81,6 +89,7 @@ def test_delete_takes_an_object_or_all_below_it_and_nothing_beside_it(root):
     root.delete("a/b")
     root.delete("a/b")
     root.delete("never/there")
+    root.delete("a/d/below-an-object")
     assert [stored.key for stored in root.walk("")] == ["a/bc", "a/d"]
     root.delete("a/d")
     # a bucket may name an emptied prefix for a while
@@ -148,6 +157,31 @@ def test_files_and_folders_go_both_ways(root):
         assert (path / "c/0/0").read_bytes() == b"chunk"
 
 
+def test_a_large_object_is_read_and_hashed_in_pieces(root):
+    content = os.urandom(20 << 20)
+    root.put("r/weights", content)
+    pieces = list(root.place.pieces("r/weights"))
+    assert b"".join(pieces) == content
+    assert max(map(len, pieces)) < 17 << 20
+    assert root.seal("r", {})["files"]["weights"] == hashlib.sha256(content).hexdigest()
+    with pytest.raises(FileNotFoundError):
+        root.digest("r/none")
+
+
+def test_what_goes_wrong_in_a_block_keeps_its_name(root):
+    with pytest.raises(StorageError) as told, root.room():
+        raise StorageError("mask.unproven", "it does not read back")
+    assert told.value.code == "mask.unproven"
+    with pytest.raises(PermissionError), root.room():
+        raise PermissionError(errno.EACCES, "of this machine")
+
+
+def test_a_full_disk_of_this_machine_is_not_the_store_s(root):
+    with pytest.raises(StorageError, match="MiB free") as told, root.room():
+        raise OSError(errno.ENOSPC, "no space left")
+    assert told.value.code == "store.full"
+
+
 def test_a_block_that_fails_stores_nothing_in_a_bucket(writable_store):
     root = Root(writable_store.new_root())
 
@@ -201,9 +235,71 @@ def test_a_wrong_secret_is_refused_and_repeated_nowhere(writable_store, monkeypa
 
 def test_a_bucket_that_is_not_there_is_named(writable_store, monkeypatch):
     use_identity(writable_store, monkeypatch, READER)
-    with pytest.raises(StorageError) as told:
-        Root("s3://there-is-none-of-this-name").get("a")
-    assert told.value.code == "store.no-bucket"
+    root = Root("s3://there-is-none-of-this-name")
+    asked = (root.get, root.names, root.exists, lambda key: list(root.walk(key)))
+    for ask in (*asked, lambda _: list(root.place.leftovers())):
+        with pytest.raises(StorageError) as told:
+            ask("a")
+        assert told.value.code == "store.no-bucket"
+
+
+def test_an_object_whose_name_is_no_path_is_not_a_silent_store(writable_store):
+    root = Root(writable_store.new_root())
+    with pytest.raises(StorageError, match="no path") as told, root.place._answers("a"):
+        raise obstore.exceptions.InvalidPathError("a//b")
+    assert told.value.code == "store.key"
+
+
+def test_an_unfinished_upload_that_is_gone_is_no_error(writable_store):
+    root = Root(writable_store.new_root())
+    prefix = root.url.split("/", 3)[3]
+    writable_store.client().create_multipart_upload(Bucket="tests", Key=f"{prefix}/r/large")
+    (leftover,) = root.place.leftovers()
+    root.place.discard(leftover)
+    root.place.discard(leftover)
+    assert list(root.place.leftovers()) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "code"), [(503, "SlowDown", "store.unavailable"), (403, "AccessDenied", "store.denied")]
+)
+def test_a_store_that_is_overloaded_is_not_one_that_refuses(status, said, code):
+    answer = {"Error": {"Code": said}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    with pytest.raises(StorageError, match=said) as told, buckets._told_by_boto("s3://bucket"):
+        raise ClientError(answer, "ListMultipartUploads")
+    assert told.value.code == code
+
+
+@pytest.mark.fault("F21")
+def test_of_a_store_that_refuses_nothing_is_called_dead_or_damaged(writable_store, monkeypatch):
+    url = writable_store.new_root()
+    with run(Root(url)) as own:
+        Root(url).put("results/liver/a/1/mask", b"mask")
+        Root(url).seal("results/liver/a/1", {})
+        use_identity(writable_store, monkeypatch, (WRITER[0], "a-wrong-secret"))
+        for ask in (
+            lambda: is_alive(Root(url), own.id),
+            lambda: fsck(Root(url), datetime.now(UTC)),
+            lambda: read_receipt(Root(url), "results/liver/a/1"),
+        ):
+            with pytest.raises(StorageError) as told:
+                ask()
+            assert told.value.code == "store.denied"
+        use_identity(writable_store, monkeypatch, WRITER)
+
+
+@pytest.mark.fault("F16")
+def test_an_array_in_a_store_that_does_not_answer_is_not_called_damaged(writable_store, monkeypatch):
+    root = Root(writable_store.new_root())
+    write_arrays(root, "v", {"image": np.zeros((1, 4, 4, 4), np.float32)}, {})
+    stored = StoredArray(root, "v", "image")
+    monkeypatch.setattr(buckets, "RETRY_S", 1.0)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    forget_connections()
+    for ask in (lambda: read_array(root, "v", "image"), stored.whole):
+        with pytest.raises(StorageError) as told:
+            ask()
+        assert told.value.code == "store.unavailable"
 
 
 @pytest.mark.fault("F16")

@@ -82,6 +82,19 @@ def test_a_thread_pool_does_the_same(scans, tmp_path: Path) -> None:
     assert len(volumes(root)) == len(scans)
 
 
+def test_a_volume_has_the_same_files_however_little_memory_it_is_made_in(scans, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("workers.arrays.CHUNK_EDGE", 4)
+    monkeypatch.setattr("workers.arrays.SHARD_EDGE", 8)
+    found = []
+    for limit_gib in (4.0, 1e-5):
+        inference = PLAN.inference.model_copy(update={"memory_limit_gib": limit_gib})
+        plan, root = PLAN.model_copy(update={"inference": inference}), Root(tmp_path / f"{limit_gib}")
+        assert preprocess_case(root.url, scans[0], plan).state == "computed"
+        found.append(root.receipt(volume_key(scans[0], plan)))
+    assert found[0]["files"] == found[1]["files"]
+    assert found[0]["profile"] == found[1]["profile"]
+
+
 def test_a_case_that_is_done_again_finds_its_receipt(scans, tmp_path: Path) -> None:
     root, case = Root(tmp_path / "root"), scans[0]
     assert preprocess_case(root.url, case, PLAN).state == "computed"
@@ -89,6 +102,17 @@ def test_a_case_that_is_done_again_finds_its_receipt(scans, tmp_path: Path) -> N
     done = preprocess_case(root.url, case, PLAN)
     assert (done.state, done.key) == ("cached", volume_key(case, PLAN))
     assert root.get(f"{volume_key(case, PLAN)}/receipt.json") == receipt
+
+
+def test_a_damaged_receipt_stops_nobody_and_its_volume_is_made_again(scans, tmp_path: Path) -> None:
+    root, some = Root(tmp_path / "root"), scans[:2]
+    with ThreadPoolExecutor(1) as executor:
+        preprocess(root, some, PLAN, executor)
+        before = volumes(root)
+        root.put(f"{volume_key(some[0], PLAN)}/receipt.json", b"")
+        again = preprocess(root, some, PLAN, executor)
+    assert [outcome.state for outcome in again] == ["computed", "cached"]
+    assert volumes(root) == before
 
 
 def test_no_more_is_waited_for_than_there_is_time_for(scans, tmp_path: Path) -> None:

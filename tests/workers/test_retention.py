@@ -31,6 +31,7 @@ from workers.cohort import remove_entry, result_key, volume_key
 from workers.decisions import Decision, record
 from workers.fsck import fsck, results_of
 from workers.ledger import Outcome
+from workers.mirrors import mirror_key
 from workers.models import load_model
 from workers.registry import promote
 from workers.retention import Spare, collect, spares
@@ -210,6 +211,21 @@ def test_archives_go_that_no_cohort_names(root: Root, tmp_path: Path) -> None:
     assert private.names("archives") == [used]
 
 
+def test_copies_of_buckets_go_that_no_cohort_is_read_from(root: Root) -> None:
+    private, source = Root(root.home / "private"), "s3://pacs-export/liver"
+    for name in (mirror_key(source).partition("/")[2], "other"):
+        (private.home / "mirrors" / name).mkdir(parents=True)
+        (private.home / "mirrors" / name / "a b.nii").write_bytes(b"scan")
+    key = f"cohorts/{COHORT}/cohort.json"
+    private.put_json(key, {"sources": [*private.get_json(key)["sources"], f"{source}/"]})
+    age(root, "private/mirrors", ago(90))
+    found = [s for s in spares(root, Retention(spares_days=1), NOW) if s.kind == "archive"]
+    assert kinds(found) == [("archive", "mirrors/other")]
+    assert found[0].bytes == 4
+    collect(root, found)
+    assert private.names("mirrors") == [mirror_key(source).partition("/")[2]]
+
+
 def test_what_died_runs_left_goes_without_a_rule(root: Root) -> None:
     root.put("results/liver/c/unfinished/mask.nii.gz", b"half")
     (root.home / "nights/liver/.put-abc").write_bytes(b"half")
@@ -238,6 +254,16 @@ def test_what_died_runs_left_goes_without_a_rule(root: Root) -> None:
 
 
 # --- care
+
+
+def test_what_a_run_has_finished_since_it_was_found_stays(root: Root) -> None:
+    root.put("results/liver/c/late/mask.nii.gz", b"half")
+    age(root, "results/liver/c", ago(90))
+    found = spares(root, KEEP_EVERYTHING, NOW)
+    assert kinds(found) == [("unfinished", "results/liver/c/late")]
+    root.seal("results/liver/c/late", {})
+    assert collect(root, found) == []
+    assert root.damaged("results/liver/c/late") == []
 
 
 def test_nothing_goes_while_a_run_is_at_work(root: Root) -> None:
