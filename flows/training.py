@@ -162,7 +162,10 @@ def fit(root: Root, engines: Engines, asked: Training | Going) -> Model:
     context = copy_context()
 
     def tell(run: Run, validation: Validation) -> None:
-        context.run(publish_validation, root, asked.name, run, validation)
+        try:
+            context.run(publish_validation, root, asked.name, run, validation)
+        except Exception as error:  # noqa: BLE001  a page that cannot be shown is not worth a training
+            log.warning("validation at step %d cannot be shown (%s)", validation.step, type(error).__name__)
 
     watch = Watch(show, tell)
     with ray_session(engines.ray_address, engines.ray_cpus):

@@ -14,6 +14,18 @@ from tests.walkthrough import REPOSITORY, run_page
 __all__ = ["object_store", "writable_store"]
 
 
+LONG_S = 3600
+"""Limit of a test that takes minutes by itself, on a machine that has other work."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give long tests longer than others, where they do not say it themselves."""
+    for item in items:
+        is_long = item.get_closest_marker("slow") or item.get_closest_marker("faults")
+        if is_long and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(LONG_S))
+
+
 @pytest.fixture(scope="session")
 def real_scans() -> Path:
     """Folder of real scans: the environment variable VNET_SCANS, or shared/data beside the checkout."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import tempfile
@@ -23,6 +24,12 @@ T = TypeVar("T")
 
 PATIENCE_S = 300.0
 """How long a scheduler may be without any worker; a cluster that grows on demand takes minutes."""
+ANSWER_S = 30.0
+"""A scheduler that takes longer over a question has stopped."""
+ASK_AGAIN_S = 1.0
+"""Before an answer that could not be fetched is asked for once more."""
+ASKS = 10
+"""How often an answer is asked for."""
 ENDED_FOR_MEMORY = "worker-restart-memory"
 """Topic under which Dask's nannies tell whom they end."""
 
@@ -34,23 +41,58 @@ class DaskExecutor(Executor):
         """``here``: this machine's part of ``Client.get_versions``, which every worker must be like; None: all are of
         this machine."""
         self._client, self._where, self._here, self._patience_s = client, where, here, patience_s
-        # what is tried again is decided by workers.tries; and a key made from arguments would bring back an old answer
-        self._executor = client.get_executor(retries=0, pure=False)
-        self._is_closed = threading.Event()
+        self._submitting = threading.Lock()
+        self._is_closed = False
+        self._open: set[Future[Any]] = set()
         self._without_workers_since: float | None = None
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """As of every executor; of one that was closed the future is cancelled."""
-        future: Future[T] = Future()
-        if not self._is_closed.is_set():
-            future = self._executor.submit(fn, *args, **kwargs)
-        elif future.cancel():
-            future.set_running_or_notify_cancel()
-        return future
+        """As of every executor; of one that was closed the future is cancelled.
+
+        Dask's own executor is not used: where the answer cannot be fetched from its worker, its future never ends.
+        """
+        told: Future[T] = Future()
+        with self._submitting:
+            if self._is_closed:
+                told.cancel()
+                return told
+            # what is tried again is decided by workers.tries; and a key made from arguments would bring back an old
+            # answer
+            asked = self._client.submit(fn, *args, retries=0, pure=False, **kwargs)
+            self._open.add(told)
+        told.add_done_callback(partial(self._ended, asked))
+        self._client.loop.add_callback(self._answer, asked, told)
+        return told
+
+    def _ended(self, asked: Any, told: Future[Any]) -> None:
+        self._open.discard(told)
+        if told.cancelled() and not asked.done():
+            asked.cancel()
+
+    async def _answer(self, asked: Any, told: Future[Any]) -> None:
+        """Pass on the answer when there is one. What brings it may fail: then it is asked for again."""
+        failures = 0
+        while not told.done():
+            try:
+                (answer,) = await self._client.gather([asked], asynchronous=True)
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  told to who asked
+                failures += 1
+                if asked.status == "cancelled":
+                    told.cancel()
+                elif asked.status != "error" and failures < ASKS:
+                    await asyncio.sleep(ASK_AGAIN_S)
+                elif told.set_running_or_notify_cancel():
+                    told.set_exception(error)
+            else:
+                if told.set_running_or_notify_cancel():
+                    told.set_result(answer)
 
     def close(self) -> None:
-        """Take no more, since the client is about to be closed."""
-        self._is_closed.set()
+        """Take no more and cancel what has not ended, since the client is about to be closed."""
+        with self._submitting:
+            self._is_closed = True
+        for told in tuple(self._open):
+            told.cancel()
 
     @property
     def this_worker(self) -> Callable[[], Worker]:
@@ -60,21 +102,22 @@ class DaskExecutor(Executor):
 
     def loss(self) -> EngineError | None:
         """EngineError ``dask.lost``: why work was dropped; None where this executor was closed."""
-        if self._is_closed.is_set():
+        if self._is_closed:
             return None
         return EngineError(
             "dask.lost",
-            f"Dask at {self._where} dropped its work: its scheduler has ended or cannot be reached any more; what was"
-            " published stays, start it and run the command again",
+            f"Dask at {self._where} dropped its work: its scheduler has ended, was stopped, or cannot be reached any"
+            " more; what was published stays, start it and run the command again",
         )
 
     def check(self) -> None:
         """EngineError ``dask.no-workers`` when the scheduler has had no worker for ``patience_s``, and
         ``dask.lost``."""
-        if self._is_closed.is_set():
+        if self._is_closed:
             return
         try:
-            workers = len(self._client.nthreads())
+            # as Client.nthreads, which waits for ever for a scheduler that was stopped
+            workers = len(self._client.sync(self._client.scheduler.ncores, callback_timeout=ANSWER_S))
         except (OSError, ValueError, AttributeError) as error:  # the last two: its connection is being closed
             if loss := self.loss():
                 raise loss from error
@@ -96,13 +139,6 @@ class DaskExecutor(Executor):
         from distributed.scheduler import KilledWorker
 
         return isinstance(error, KilledWorker)
-
-    def is_gone(self, worker: Worker) -> bool:
-        """Whether the scheduler has no such worker."""
-        try:
-            return worker.name.partition(" ")[0] not in self._client.nthreads()
-        except (OSError, ValueError, AttributeError):
-            return False
 
     def memory_at_end(self, worker: Worker) -> int | None:
         """Bytes that a worker held when its nanny ended it for holding too many."""

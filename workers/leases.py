@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import psutil
 
 from vnet_core.errors import StorageError
 from vnet_core.plan import digest_of
+from workers.beside import repeating
 from workers.store import Root, raise_if_silent
 
 BEAT_S = 10.0
@@ -116,26 +116,15 @@ def run(root: Root) -> Iterator[Run]:
     key = f"runs/{uuid4().hex}"
     process = psutil.Process()
     facts = {"host": socket.gethostname(), "pid": process.pid, "born": process.create_time()}
-    over = threading.Event()
 
     def beat() -> None:
         root.put_json(f"{key}.json", {**facts, "beat": datetime.now(UTC).isoformat()})
 
-    def beat_on() -> None:
-        while not over.wait(BEAT_S):
-            try:
-                beat()
-            except (OSError, StorageError):
-                continue  # a full disk stops the work itself; the next beat may come through
-
     beat()
-    thread = threading.Thread(target=beat_on, name="vnet-run", daemon=True)
-    thread.start()
     try:
-        yield Run(root, key.removeprefix("runs/"))
+        with repeating("beat", BEAT_S, beat):
+            yield Run(root, key.removeprefix("runs/"))
     finally:
-        over.set()
-        thread.join()
         root.delete(f"{key}.json")
 
 

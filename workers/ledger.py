@@ -127,10 +127,10 @@ def nameless(what: str) -> Iterator[None]:
                 " workers or a coarser spacing_mm, or give it more memory, and run again",
             ) from None
         whole = error if os.environ.get(TRACEBACKS_VARIABLE) else None
-        log.error("%s failed: %s", what, _told(error), exc_info=whole)
+        log.error("%s failed: %s", what, kind_and_place(error), exc_info=whole)
         raise VnetError(
             f"internal.{type(error).__name__}",
-            f"{_told(error)}; set {TRACEBACKS_VARIABLE}=1 to have all of it logged, paths included",
+            f"{kind_and_place(error)}; set {TRACEBACKS_VARIABLE}=1 to have all of it logged, paths included",
         ) from None
 
 
@@ -144,7 +144,7 @@ def memory_refused(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or by_words or of_system
 
 
-def _told(error: Exception) -> str:
+def kind_and_place(error: Exception) -> str:
     """Kind and place of an error: ``PermissionError (Permission denied) at workers.scans:61 < workers.cohort:170``."""
     # the system's own words for the number; the error's text goes on with the file's name
     number = error.errno if isinstance(error, OSError) else None

@@ -26,7 +26,7 @@ from workers.leases import renewed
 from workers.ledger import Outcome
 from workers.models import Model
 from workers.placement import PROCESS_BYTES, memory_to_ask, needed_bytes
-from workers.ray_watch import watching
+from workers.ray_watch import lost, watching
 from workers.roster import Roster
 from workers.segment import GPU_LOST, STAGE, Job, key_of, plan_of
 from workers.shares import Division
@@ -309,9 +309,7 @@ def _failed(turn: Turn, code: str, why: str) -> Outcome:
 
 
 def _lost(what: str) -> EngineError:
-    return EngineError(
-        "ray.lost", f"{what} died during the work; what was finished stays, run the same command again to go on"
-    )
+    return lost(what, "run the same command again to go on")
 
 
 def _first_line(error: BaseException) -> str:

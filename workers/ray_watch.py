@@ -7,10 +7,11 @@ asked by their ports every few seconds, from a thread.
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from vnet_core.errors import EngineError
+from workers.beside import repeating
 from workers.clusters import HTTP2_GREETING
 
 EVERY_S = 2.0
@@ -21,27 +22,29 @@ FAILURES = 3
 
 
 @contextmanager
-def watching(on_lost: Callable[[str], None]) -> Iterator[None]:
-    """Watch for the time of the block; ``on_lost`` is called once, from another thread, with what has died."""
-    places = {name: place for name, place in _places().items() if place}
-    over = threading.Event()
+def watching(on_lost: Callable[[str], None]) -> Iterator[Callable[[], str]]:
+    """Watch for the time of the block; ``on_lost`` is called once, from another thread, with what has died.
 
-    def watch() -> None:
-        failures = dict.fromkeys(places, 0)
-        while not over.wait(EVERY_S):
-            for name, (host, port) in places.items():
-                failures[name] = 0 if _reacts(host, port) else failures[name] + 1
-                if failures[name] >= FAILURES:
-                    on_lost(f"{name} at {host}:{port}")
-                    return
+    The block gets a function that looks at once, and returns what does not react or an empty text.
+    """
+    places = {f"{name} at {place[0]}:{place[1]}": place for name, place in _places().items() if place}
+    failures = dict.fromkeys(places, 0)
 
-    thread = threading.Thread(target=watch, name="vnet-ray-watch", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    def look() -> bool:
+        for name, place in places.items():
+            failures[name] = 0 if _reacts(*place) else failures[name] + 1
+            if failures[name] >= FAILURES:
+                on_lost(name)
+                return True
+        return False
+
+    with repeating("ray-watch", EVERY_S, look):
+        yield lambda: next((name for name, place in places.items() if not _reacts(*place)), "")
+
+
+def lost(what: str, remedy: str) -> EngineError:
+    """``ray.lost``, with what has died."""
+    return EngineError("ray.lost", f"{what} died during the work; what was finished stays, {remedy}")
 
 
 def _places() -> dict[str, tuple[str, int] | None]:

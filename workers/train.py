@@ -10,10 +10,10 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import psutil
@@ -23,11 +23,15 @@ from vnet_core.plan import Plan
 from vnet_core.postprocess import candidates
 from vnet_core.splits import split_folds, split_patients
 from workers import models
+from workers.beside import repeating
 from workers.bundle import publish_fitted
 from workers.clusters import Engines
 from workers.cohort import Entry, check_name, volume_key
 from workers.models import Model
+from workers.ray_watch import lost, watching
 from workers.store import Root
+from workers.training_attempts import last_loss
+from workers.training_cases import class_voxels, component_volumes_ml, usable_cases
 from workers.training_run import Budget, Run, TrainingProgress, together
 from workers.validating import OnValidation, validated_beside
 
@@ -80,11 +84,11 @@ def train(root: Root, training: Training, engines: Engines, watch: Watch = UNWAT
 
     Raises TrainingError ``train.no-labels``, ``train.no-foreground``, ``train.absent-label``, ``train.label-value``,
     ``train.folds`` or ``train.diverged``, ConfigError ``train.batch``, MemoryLimitError ``train.memory``, EngineError
-    ``ray.training``. Checkpoints stay in the root and :func:`resume` goes on from them.
+    ``ray.training`` or ``ray.lost``. Checkpoints stay in the root and :func:`resume` goes on from them.
     """
     version = models.next_version(root, check_name(training.name, "model"))
     plan = training.plan
-    usable = _usable(root, training.entries, plan)
+    usable = usable_cases(root, training.entries, plan)
     cases = [(e.case.id, e.case.patient) for e in usable]
     prefix = f"training/{training.name}/{version}"
     if training.folds > 1:
@@ -103,9 +107,11 @@ def train(root: Root, training: Training, engines: Engines, watch: Watch = UNWAT
             {case: keys[case] for case in fitting},
             {case: keys[case] for case in validating},
             asdict(training.budget),
-            _class_voxels([e for e in usable if e.case.id in set(fitting)], plan),
+            class_voxels([e for e in usable if e.case.id in set(fitting)], plan),
             start,
-            [c.model_dump(mode="json") for c in candidates(_components(usable, plan))] if training.folds > 1 else [],
+            [c.model_dump(mode="json") for c in candidates(component_volumes_ml(usable, plan))]
+            if training.folds > 1
+            else [],
             [e.case.id for e in usable if "dicom.burnt-in" in e.verdict.codes and e.case.id in set(validating)],
         )
         for own, (fitting, validating) in zip(prefixes, splits, strict=True)
@@ -143,74 +149,6 @@ def resume(
         runs.append(Run(**(mapping | ({"budget": asdict(budget)} if budget else {}))))
     plan = Plan.from_mapping(runs[0].plan)
     return _fit(root, models.Target(name, newest, plan), runs, engines, watch)
-
-
-def _usable(root: Root, entries: Sequence[Entry], plan: Plan) -> list[Entry]:
-    """Entries with a label and a finished volume; TrainingError when nothing can be learnt from them."""
-    labelled = [e for e in entries if e.verdict.usable and e.case.label_digest]
-    usable = [e for e in labelled if root.receipt(volume_key(e.case, plan))]
-    if not usable:
-        raise TrainingError(
-            "train.no-labels",
-            f"{len(entries)} cases, {len(labelled)} with a usable label, 0 of them preprocessed; add labels or run"
-            " vnet preprocess",
-        )
-    cases = _label_cases(usable)
-    names = {label.value: label.name for label in plan.labels}
-    absent = [value for value in names if not cases.get(value)]
-    if len(absent) == len(names):
-        raise TrainingError(
-            "train.no-foreground",
-            f"none of the labels {sorted(names)} occurs in any of {len(usable)} cases; correct plan.labels",
-        )
-    if absent:
-        missing = ", ".join(f"{value} ({names[value]})" for value in absent)
-        raise TrainingError(
-            "train.absent-label",
-            f"label {missing} occurs in 0 of {len(usable)} cases, so it cannot be learnt; take it out of plan.labels or"
-            " add cases that have it",
-        )
-    named = {0, *names, plan.ignore_label}
-    if plan.other_labels == "refuse" and (others := [v for v in cases if v not in named]):
-        where = ", ".join(f"{value} in {cases[value]}" for value in sorted(others))
-        raise TrainingError(
-            "train.label-value",
-            f"the label maps hold values that the plan does not name ({where} of {len(usable)} cases; it names"
-            f' {sorted(names)}); name them in labels, or set other_labels = "background"',
-        )
-    return usable
-
-
-def _label_cases(entries: Sequence[Entry]) -> dict[int, int]:
-    """In how many cases each label value occurs."""
-    counts: dict[int, int] = {}
-    for entry in entries:
-        for value, number in (entry.fingerprint.label_cases if entry.fingerprint else {}).items():
-            counts[value] = counts.get(value, 0) + number
-    return counts
-
-
-def _class_voxels(entries: Sequence[Entry], plan: Plan) -> list[int]:
-    """Voxels of background, which takes in values that the plan does not name, and of each label."""
-    values = [label.value for label in plan.labels]
-    voxels = [0] * (len(values) + 1)
-    for entry in entries:
-        for value, number in (entry.fingerprint.label_voxels if entry.fingerprint else {}).items():
-            if value in values:
-                voxels[values.index(value) + 1] += number
-            elif value != plan.ignore_label:
-                voxels[0] += number
-    return voxels
-
-
-def _components(entries: Sequence[Entry], plan: Plan) -> dict[int, list[float]]:
-    """Volumes in mL of the true components of each label."""
-    volumes: dict[int, list[float]] = {label.value: [] for label in plan.labels}
-    for entry in entries:
-        for value, parts_ml in (entry.fingerprint.component_ml if entry.fingerprint else {}).items():
-            if value in volumes:
-                volumes[value] += parts_ml
-    return volumes
 
 
 def _check_memory(root: Root, runs: Sequence[Run], engines: Engines) -> None:
@@ -278,29 +216,42 @@ def _ask_to_stop(root: Root, runs: Sequence[Run]) -> None:
 
 
 def _attended(work: Callable[[], None], ask_to_stop: Callable[[], None]) -> None:
-    """Do ``work`` in a thread of its own; where this one is interrupted, ask to stop and give it time to."""
-    done: Future[None] = Future()
+    """Do ``work`` in a thread of its own; where this one is interrupted, ask to stop and give it time to.
+
+    EngineError ``ray.lost`` where Ray dies meanwhile, whatever becomes of the thread.
+    """
+    ends: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def run() -> None:
         try:
             work()
-            done.set_result(None)
+            ends.put(None)
         except BaseException as error:  # noqa: BLE001  raised again in the thread that waits
-            done.set_exception(error)
+            ends.put(error)
 
-    threading.Thread(target=run, name="vnet-training", daemon=True).start()
-    try:
-        done.result()
-    except BaseException:
-        if not done.done():
+    with watching(lambda what: ends.put(_lost(what))) as dead:
+        threading.Thread(target=run, name="vnet-training", daemon=True).start()
+        try:
+            end = ends.get()
+        except BaseException:
             ask_to_stop()
-            wait([done], STOP_SECONDS)
-        raise
+            with contextlib.suppress(Empty):
+                ends.get(timeout=STOP_SECONDS)
+            raise
+        if isinstance(end, EngineError) and (what := dead()):
+            end = _lost(what)
+    if end is not None:
+        raise end
+
+
+def _lost(what: str) -> EngineError:
+    return lost(what, "start Ray where it runs by itself, and go on from the last checkpoint with --resume")
 
 
 def _fit_together(root: Root, runs: Sequence[Run], engines: Engines) -> None:
     """One network by a group of Ray Train workers, as many as there is room for in the range of the engines."""
     import ray.train
+    from ray.exceptions import RayError
     from ray.train.torch import TorchTrainer
 
     from workers.training_losses import Losses, NoticedTorchConfig
@@ -332,7 +283,7 @@ def _fit_together(root: Root, runs: Sequence[Run], engines: Engines) -> None:
     )
     try:
         trainer.fit()
-    except ray.train.TrainingFailedError as error:
+    except (ray.train.TrainingFailedError, RayError) as error:  # the second: of the process that holds the group
         raise _told(root, run, error) from error
 
 
@@ -359,36 +310,31 @@ def _fit_folds(root: Root, runs: Sequence[Run], engines: Engines) -> None:
 def _told(root: Root, run: Run, error: Exception) -> VnetError:
     """The named error that a worker left behind, or else that it ended."""
     if not root.is_object(run.error):
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        # not what the error says, which quotes machines and paths
+        within = getattr(error, "controller_failure", None) or getattr(error, "cause", None) or error
+        why = " after ".join(filter(None, (type(within).__name__, last_loss(root, run.prefix))))
         return EngineError(
-            "ray.training", f"training on Ray ended early ({first}); go on from the last checkpoint with --resume"
+            "ray.training", f"training on Ray ended early ({why}); go on from the last checkpoint with --resume"
         )
     told: dict[str, Any] = root.get_json(run.error)
     known = {c.__name__: c for c in (TrainingError, MemoryLimitError, StorageError, ConfigError)}
     return known.get(told["class"], VnetError)(told["code"], told["message"])
 
 
-@contextlib.contextmanager
-def _progress_watch(root: Root, runs: Sequence[Run], on_progress: OnProgress) -> Iterator[None]:
+def _progress_watch(
+    root: Root, runs: Sequence[Run], on_progress: OnProgress
+) -> contextlib.AbstractContextManager[None]:
     """Call ``on_progress`` from a thread of its own whenever the workers have written a new state."""
-    stop = threading.Event()
+    last: list[TrainingProgress] = []
 
-    def watch() -> None:
-        last = None
-        while not stop.wait(PROGRESS_SECONDS):
-            keys = [f"{run.prefix}/progress.json" for run in runs]
-            states = [TrainingProgress(**root.get_json(key)) for key in keys if root.exists(key)]
-            if states and (state := together(states, len(runs))) != last:
-                on_progress(state)
-                last = state
+    def look() -> None:
+        keys = [f"{run.prefix}/progress.json" for run in runs]
+        states = [TrainingProgress(**root.get_json(key)) for key in keys if root.exists(key)]
+        if states and (state := together(states, len(runs))) not in last:
+            on_progress(state)
+            last[:] = [state]
 
     for run in runs:
         if root.receipt(run.fitted) is None:
             root.delete(f"{run.prefix}/progress.json")
-    thread = threading.Thread(target=watch, name="vnet-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    return repeating("progress", PROGRESS_SECONDS, look)

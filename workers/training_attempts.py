@@ -11,17 +11,25 @@ from workers.training_run import Run
 def begin_attempt(root: Root, run: Run, step: int, workers: int) -> None:
     """Note that ``workers`` go on from ``step``; the first attempt goes on from step 0."""
     known = attempts(root, run)
-    loss = f"{run.prefix}/loss.json"
-    lost = root.get_json(loss)["lost"] if root.is_object(loss) else ""
     # without a loss it was a person who stopped the attempt before
-    known.append({"from_step": step, "workers": workers, "after": lost})
+    known.append({"from_step": step, "workers": workers, "after": last_loss(root, run.prefix)})
     root.put_json(f"{run.prefix}/attempts.json", known)
-    root.delete(loss)
+    root.delete(_loss(run.prefix))
 
 
 def note_loss(root: Root, prefix: str, lost: str) -> None:
     """Note what the present attempt was lost to, for the record of the next one."""
-    root.put_json(f"{prefix}/loss.json", {"lost": lost})
+    root.put_json(_loss(prefix), {"lost": lost})
+
+
+def last_loss(root: Root, prefix: str) -> str:
+    """What the present attempt was lost to; empty where it was not."""
+    key = _loss(prefix)
+    return str(root.get_json(key)["lost"]) if root.is_object(key) else ""
+
+
+def _loss(prefix: str) -> str:
+    return f"{prefix}/loss.json"
 
 
 def attempts(root: Root, run: Run) -> list[dict[str, Any]]:

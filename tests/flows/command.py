@@ -7,7 +7,6 @@ import signal
 import subprocess
 import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from tests.patience import slowness, until
 from tests.walkthrough import environment, take_ctrl_c
 
 COSTS = ("seconds", "peak_bytes", "finished", "run")
@@ -23,15 +23,6 @@ MARK = "VNET_TEST_COMMAND"
 """Environment variable that tells the processes of one command from all others."""
 
 T = TypeVar("T")
-
-
-def until(condition: Callable[[], T], timeout_s: float = 120) -> T:
-    """The first true value of ``condition()``."""
-    end = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.01)
-    return value
 
 
 class Command:
@@ -95,10 +86,11 @@ class Command:
     def interrupt(self) -> int:
         """Ctrl-C: SIGINT to the whole group of the terminal."""
         os.killpg(self.pid, signal.SIGINT)
-        return self._process.wait(60)
+        return self.wait(60)
 
     def wait(self, timeout_s: float = 300) -> int:
-        return self._process.wait(timeout_s)
+        """Its exit code, which must come within ``timeout_s`` of a quiet machine."""
+        return self._process.wait(timeout_s * slowness())
 
     def process(self, part: str) -> psutil.Process | None:
         """A process of the command whose command line contains ``part``."""

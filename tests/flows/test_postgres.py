@@ -18,6 +18,7 @@ from flows.prefect_api import check_api, post
 from tests.flows.command import Command, receipts, until
 from tests.flows.conftest import TINY_CASES
 from tests.flows.test_night_engine import nightly
+from tests.patience import slowness
 from tests.postgres import AUTH, PASSWORD, PrefectServer, postgres, prefect_server
 from tests.walkthrough import environment
 from vnet_core.errors import EngineError
@@ -189,12 +190,14 @@ def test_a_worker_of_a_process_pool_does_a_run_that_was_asked_for(
     env = environment() | dict(server.variables) | {"PREFECT_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
 
     def prefect(*arguments: str) -> None:
-        done = subprocess.run([BIN / "prefect", *arguments], env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [BIN / "prefect", *arguments], env=env, capture_output=True, text=True, timeout=120 * slowness()
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
     prefect("work-pool", "create", "--type", "process", "nights")
     deploy = [BIN / "vnet", "deploy", "--root", root, "--work-pool", "nights", "--json"]
-    done = subprocess.run(deploy, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(deploy, env=env, capture_output=True, text=True, timeout=120 * slowness())
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["changes"]["nightly/nightly-form"] == "created"
 
@@ -233,7 +236,7 @@ def test_a_night_whose_server_dies_ends_within_a_minute_and_the_next_one_finishe
         server.kill()
         died = time.monotonic()
         command.wait(END_S)
-        until(command.over, END_S - (time.monotonic() - died) + 1)
+        until(command.over, END_S - (time.monotonic() - died) / slowness() + 1)
     done = receipts(root)
     with prefect_server(database, tmp_path) as server:
         again = vnet(*nightly(), root=root, **server.variables)

@@ -9,26 +9,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 
+from tests.patience import until
 from tests.walkthrough import REPOSITORY
 from workers.dask_address import NO_TLS, DaskTls
-
-T = TypeVar("T")
-
-
-def until(condition: Callable[[], T], timeout_s: float = 120) -> T:
-    """The first true value of ``condition()``."""
-    end = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
-    return value
 
 
 class Dask:

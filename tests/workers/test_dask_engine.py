@@ -6,7 +6,8 @@ import asyncio
 import os
 import socket
 import ssl
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import distributed
@@ -49,6 +50,34 @@ def test_work_goes_to_a_scheduler_with_certificates(encrypted: Dask, authority: 
         executor.check()
     assert executor.loss() is None
     assert executor.submit(pow, 2, 5).cancelled(), "closed"
+
+
+class Late:
+    """An answer that can be read at the second time alone."""
+
+    times = 0
+
+    def __reduce__(self) -> tuple[Callable[[], str], tuple[()]]:
+        return read_late, ()
+
+
+def read_late() -> str:
+    Late.times += 1
+    if Late.times == 1:
+        raise OSError("it did not come through")
+    return "read"
+
+
+def test_an_answer_that_cannot_be_fetched_is_asked_for_again(encrypted: Dask, authority: Authority) -> None:
+    with dask_executor(encrypted.address, 1, authority.signed("client")) as executor:
+        assert executor.submit(Late).result(60) == "read"
+    assert Late.times == 2
+
+
+def test_who_closes_an_executor_ends_what_was_asked(encrypted: Dask, authority: Authority) -> None:
+    with dask_executor(encrypted.address, 1, authority.signed("client")) as executor:
+        asked = [executor.submit(time.sleep, 1.0) for _ in range(3)]
+    assert all(future.cancelled() for future in asked)
 
 
 def test_who_shows_no_certificate_is_refused(encrypted: Dask) -> None:

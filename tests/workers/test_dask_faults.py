@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,8 @@ import dask as dask_library
 import psutil
 import pytest
 
-from tests.workers.dask_processes import Dask, dask_processes, until
+from tests.patience import slowness, until
+from tests.workers.dask_processes import Dask, dask_processes
 from tests.workers.known_model import known_plan
 from tests.workers.misfortune import Watched, begun, pids
 from tests.workers.tiny_cohort import SPACING_MM, take_in, write_scan
@@ -52,8 +55,17 @@ class Trial:
         watched = Watched(executor, self.log)
         self._run = self._thread.submit(preprocess, self.root, cases, PLAN, watched)
 
+    def start_with_two_slow(self, scans: dict[str, Case], executor: DaskExecutor) -> None:
+        """Return when both workers have a case in hand that waits."""
+        self.start(named(scans, "fine", "slow"), executor)
+        until(lambda: begun(self.log)["slow-a"] and begun(self.log)["slow-b"])
+
+    def worker(self, case: str) -> psutil.Process:
+        """That began a case first."""
+        return psutil.Process(pids(self.log, case)[0])
+
     def outcomes(self) -> dict[str, Outcome]:
-        return {outcome.case: outcome for outcome in self._run.result(300)}
+        return {outcome.case: outcome for outcome in self._run.result(300 * slowness())}
 
     def sealed(self) -> set[str]:
         return {name for name in self.root.names("volumes") if self.root.receipt(f"volumes/{name}")}
@@ -73,20 +85,22 @@ def named(scans: dict[str, Case], *kinds: str) -> list[Case]:
     return [case for name, case in scans.items() if name.partition("-")[0] in kinds]
 
 
+def done_once_but(run: Trial, outcomes: dict[str, Outcome], *twice: str) -> None:
+    """All are done, and only those named were begun twice."""
+    assert all(outcome.done for outcome in outcomes.values())
+    assert begun(run.log) == dict.fromkeys(outcomes, 1) | dict.fromkeys(twice, 2)
+
+
 @pytest.mark.fault("F5")
 def test_a_worker_that_is_killed_costs_what_it_had_in_hand(scans, tmp_path: Path) -> None:
     with dask_processes() as dask, dask_executor(dask.address, 2) as executor:
         run = trial(tmp_path, dask)
-        run.start(named(scans, "fine", "slow"), executor)
-        until(lambda: begun(run.log)["slow-a"] and begun(run.log)["slow-b"])
+        run.start_with_two_slow(scans, executor)
         before = run.sealed()
-        psutil.Process(pids(run.log, "slow-a")[0]).kill()
+        run.worker("slow-a").kill()
         run.go()
         outcomes = run.outcomes()
-    assert all(outcome.done for outcome in outcomes.values())
-    counts = begun(run.log)
-    assert counts["slow-a"] == 2
-    assert all(counts[name] == 1 for name in outcomes if name != "slow-a"), counts
+    done_once_but(run, outcomes, "slow-a")
     assert len(run.sealed()) == len(outcomes) > len(before)
 
 
@@ -94,31 +108,54 @@ def test_a_worker_that_is_killed_costs_what_it_had_in_hand(scans, tmp_path: Path
 def test_a_nanny_that_is_killed_takes_its_worker_along_and_the_other_goes_on(scans, tmp_path: Path) -> None:
     with dask_processes() as dask, dask_executor(dask.address, 2) as executor:
         run = trial(tmp_path, dask)
-        run.start(named(scans, "fine", "slow"), executor)
-        until(lambda: begun(run.log)["slow-a"] and begun(run.log)["slow-b"])
-        worker = psutil.Process(pids(run.log, "slow-a")[0])
+        run.start_with_two_slow(scans, executor)
+        worker = run.worker("slow-a")
         nanny = next(nanny for nanny in dask.workers if worker in nanny.children(recursive=True))
         nanny.kill()
         until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 60)
         run.go()
         outcomes = run.outcomes()
-    assert all(outcome.done for outcome in outcomes.values())
-    counts = begun(run.log)
-    assert counts["slow-a"] == 2
-    assert all(counts[name] == 1 for name in outcomes if name != "slow-a"), counts
+    done_once_but(run, outcomes, "slow-a")
+
+
+@pytest.mark.fault("F5")
+def test_workers_that_are_killed_together_cost_what_they_had_in_hand(scans, tmp_path: Path) -> None:
+    with dask_processes() as dask, dask_executor(dask.address, 2) as executor:
+        run = trial(tmp_path, dask)
+        run.start_with_two_slow(scans, executor)
+        for name in ("slow-a", "slow-b"):
+            run.worker(name).kill()
+        run.go()
+        outcomes = run.outcomes()
+    done_once_but(run, outcomes, "slow-a", "slow-b")
+
+
+@pytest.mark.fault("F5")
+def test_a_scheduler_that_is_stopped_is_told(scans, tmp_path: Path) -> None:
+    with dask_processes() as dask, dask_executor(dask.address, 2) as executor:
+        run = trial(tmp_path, dask)
+        run.start_with_two_slow(scans, executor)
+        stopped = time.monotonic()
+        dask.scheduler.suspend()
+        run.go()
+        with pytest.raises(EngineError) as caught:
+            run.outcomes()
+    assert caught.value.code == "dask.lost"
+    assert time.monotonic() - stopped < 90 * slowness(), (
+        "with the end of the client, which asks the scheduler once more"
+    )
 
 
 @pytest.mark.fault("F5")
 def test_a_scheduler_that_is_killed_is_told_and_what_was_published_is_not_done_again(scans, tmp_path: Path) -> None:
     with dask_processes() as dask, dask_executor(dask.address, 2) as executor:
         run = trial(tmp_path, dask)
-        run.start(named(scans, "fine", "slow"), executor)
-        until(lambda: begun(run.log)["slow-a"] and begun(run.log)["slow-b"])
+        run.start_with_two_slow(scans, executor)
         died = time.monotonic()
         dask.scheduler.kill()
         with pytest.raises(EngineError) as caught:
             run.outcomes()
-    assert time.monotonic() - died < 60
+    assert time.monotonic() - died < 60 * slowness()
     assert caught.value.code == "dask.lost"
     assert dask.address in caught.value.message
     published, before = run.sealed(), begun(run.log)
@@ -132,6 +169,31 @@ def test_a_scheduler_that_is_killed_is_told_and_what_was_published_is_not_done_a
     again = begun(run.log) - before
     assert set(again.values()) == {1}
     assert len(again) == len(outcomes) - len(published) >= 2
+
+
+class LastWords:
+    """An answer that ends its worker as soon as it is fetched."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return LastWords, ()
+
+
+def answer_once(folder: str) -> LastWords:
+    """The second worker does not even come to an answer."""
+    if (Path(folder) / "answered").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    (Path(folder) / "answered").touch()
+    return LastWords()
+
+
+@pytest.mark.fault("F5")
+def test_an_answer_that_is_lost_with_one_worker_after_another_is_a_death(tmp_path: Path) -> None:
+    """Work that has ended, is done again since its worker died with the answer, and then costs another one."""
+    with dask_executor(None, 1) as executor:
+        error = executor.submit(answer_once, str(tmp_path)).exception(120)
+        assert error is not None
+        assert executor.is_death(error)
 
 
 @pytest.mark.fault("F6")

@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.patience import slowness, until
 from tests.workers.ball_cohort import ball_entries, ball_plan
 from vnet_core.errors import TrainingError
 from workers.clusters import Engines, ray_session
@@ -61,23 +62,26 @@ def difference_to_one_process(root: Root, model: Model) -> float:
     return max(float((value - found[name]).abs().max()) for name, value in expected.items()) / largest
 
 
-def workers() -> list[psutil.Process]:
+def workers(kind: str = "RayTrainWorker") -> list[psutil.Process]:
     """Processes of this session's training workers."""
     family = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
-    return [p for p in family if "RayTrainWorker" in " ".join(p.cmdline())]
+    return [p for p in family if kind in " ".join(p.cmdline())]
+
+
+def has_checkpoint(root: Root, prefix: str) -> bool:
+    return any(root.receipt(f"{prefix}/checkpoints/{name}") for name in root.names(f"{prefix}/checkpoints"))
 
 
 class Beside:
     """Does something to the running training as soon as it has a checkpoint, in a thread beside it."""
 
     def __init__(self, root: Root, name: str, act: Callable[[], None]) -> None:
-        self._root, self._prefix, self._act = root, f"training/{name}/v1/checkpoints", act
+        self._root, self._prefix, self._act = root, f"training/{name}", act
         self.acted = False
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while not any(self._root.receipt(f"{self._prefix}/{name}") for name in self._root.names(self._prefix)):
-            time.sleep(0.01)
+        until(lambda: has_checkpoint(self._root, self._prefix), 300)
         self._act()
         self.acted = True
 
@@ -98,7 +102,7 @@ def test_a_batch_of_three_on_two_workers_trains_as_on_one_and_is_judged_beside(r
 
 @pytest.mark.fault("F28")
 def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(root):
-    beside = Beside(root, "killed", lambda: workers()[0].kill())
+    beside = Beside(root, "killed/v1", lambda: workers()[0].kill())
     model = trained(root, "killed", ONE)
     assert beside.acted
     first, second = model.facts["training"]["attempts"]
@@ -110,6 +114,26 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(root):
 
 
 @pytest.mark.faults
+@pytest.mark.fault("F1")
+def test_a_killed_fold_goes_on_from_its_checkpoint_and_the_other_is_not_disturbed(root):
+    prefixes = [f"training/folds/v1/fold-{fold}" for fold in range(2)]
+
+    def kill_one() -> None:
+        until(lambda: has_checkpoint(root, prefixes[1]))
+        workers("ray::fit_alone")[0].kill()
+
+    beside = Beside(root, "folds/v1/fold-0", kill_one)
+    plan = ball_plan(optimiser="sgd", learning_rate=1e-3)
+    model = train(root, Training("folds", ball_entries(root, plan), plan, Budget(steps=2000), folds=2), Engines(cpus=2))
+    assert beside.acted
+    once, twice = sorted((root.get_json(f"{prefix}/attempts.json") for prefix in prefixes), key=len)
+    assert [attempt["from_step"] for attempt in once] == [0]
+    first, second = twice
+    assert first["from_step"] == 0 < second["from_step"] < 2000
+    assert len(model.facts["weights"]) == 2
+
+
+@pytest.mark.faults
 def test_a_worker_that_is_told_to_end_leaves_a_checkpoint_of_that_moment(root):
     told_at: list[int] = []
 
@@ -117,7 +141,7 @@ def test_a_worker_that_is_told_to_end_leaves_a_checkpoint_of_that_moment(root):
         told_at.append(newest(root, "told"))
         os.kill(workers()[0].pid, signal.SIGTERM)
 
-    beside = Beside(root, "told", tell)
+    beside = Beside(root, "told/v1", tell)
     model = trained(root, "told", ONE, steps=2000)
     assert beside.acted
     _, second = model.facts["training"]["attempts"]
@@ -129,7 +153,7 @@ def test_a_worker_that_is_told_to_end_leaves_a_checkpoint_of_that_moment(root):
 @pytest.mark.faults
 @pytest.mark.fault("F28")
 def test_a_worker_that_hangs_is_found_by_the_others(root):
-    beside = Beside(root, "hung", lambda: os.kill(workers()[-1].pid, signal.SIGSTOP))
+    beside = Beside(root, "hung/v1", lambda: os.kill(workers()[-1].pid, signal.SIGSTOP))
     model = trained(root, "hung", replace(TWO, train_hang_s=15.0), steps=300)
     assert beside.acted
     first, second = model.facts["training"]["attempts"]
@@ -147,7 +171,7 @@ def test_a_named_error_is_final(root):
         train(root, Training("diverged", ball_entries(root, plan), plan, Budget(steps=100)), TWO)
     assert caught.value.code == "train.diverged"
     assert len(root.get_json("training/diverged/v1/attempts.json")) == 1
-    assert time.monotonic() - started < 300
+    assert time.monotonic() - started < 300 * slowness()
 
 
 @pytest.mark.faults
@@ -159,7 +183,7 @@ def test_an_interrupted_command_leaves_a_checkpoint_of_that_moment(root):
         raise Interruption
 
     before = signal.signal(signal.SIGUSR1, interrupt)
-    beside = Beside(root, "stopped", lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    beside = Beside(root, "stopped/v1", lambda: os.kill(os.getpid(), signal.SIGUSR1))
     try:
         with pytest.raises(Interruption):
             trained(root, "stopped", ONE, steps=5000)

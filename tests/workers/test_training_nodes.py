@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from tests.flows.command import until
+from tests.patience import until
 from tests.workers.ball_cohort import ball_entries, ball_plan
 from workers.clusters import Engines
 from workers.store import Root
@@ -43,10 +44,13 @@ def trained(root: Root, name: str, cluster: Cluster) -> dict[str, Any]:
     return train(root, training, engines).facts["training"]
 
 
-def beside(act: Callable[[], None]) -> threading.Thread:
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
-    return thread
+@contextmanager
+def beside(act: Callable[[], None]) -> Iterator[None]:
+    """Do something else meanwhile, which must go well too."""
+    with ThreadPoolExecutor(1) as pool:
+        doing = pool.submit(act)
+        yield
+        doing.result()
 
 
 def checkpoints(root: Root, name: str) -> list[int]:
@@ -69,9 +73,8 @@ def test_a_lost_node_leaves_the_training_to_the_other(cluster, tmp_path):
         until(lambda: checkpoints(root, "lost"), 240)
         kill(second)
 
-    losing = beside(lose)
-    facts = trained(root, "lost", cluster)
-    losing.join()
+    with beside(lose):
+        facts = trained(root, "lost", cluster)
     assert facts["steps"] == STEPS
     first, *_, last = facts["attempts"]
     assert (first["from_step"], first["workers"]) == (0, 2)
@@ -93,9 +96,8 @@ def test_notice_of_a_preemption_is_answered_with_a_checkpoint(cluster, tmp_path)
         until(lambda: [step for step in checkpoints(root, "taken") if step % 200], 120)
         kill(second)
 
-    taking = beside(take_away)
-    facts = trained(root, "taken", cluster)
-    taking.join()
+    with beside(take_away):
+        facts = trained(root, "taken", cluster)
     assert facts["steps"] == STEPS
     first, *_, last = facts["attempts"]
     assert (first["from_step"], first["workers"]) == (0, 2)

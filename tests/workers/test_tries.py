@@ -53,9 +53,6 @@ class Mortal(Executor):
     def check(self) -> None:
         pass
 
-    def is_gone(self, worker):
-        return False
-
     def is_death(self, error: BaseException) -> bool:
         return isinstance(error, Gave)
 
@@ -207,6 +204,18 @@ def test_a_worker_that_cannot_load_the_case_is_told(diary: Diary) -> None:
     outcome = work_off(diary, Foreign(0), [diary.work("a")])["a"]
     assert (outcome.state, outcome.codes) == ("failed", ("engine.worker-failed",))
     assert "ModuleNotFoundError" in outcome.message
+
+
+def test_a_case_whose_answer_cannot_be_read_is_told_by_its_receipt(diary: Diary) -> None:
+    class Illegible(Mortal):
+        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+            fn(*args)
+            future: Future[Any] = Future()
+            future.set_exception(OSError("its answer was cut off"))
+            return future
+
+    outcome = work_off(diary, Illegible(0), [diary.work("a")])["a"]
+    assert (outcome.state, outcome.seconds) == ("computed", 2.5)
 
 
 def test_a_worker_that_may_not_work_ends_the_stage(diary: Diary) -> None:

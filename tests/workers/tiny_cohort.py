@@ -26,14 +26,27 @@ MODEL = "known"
 
 def write_scan(folder: Path, case: str, seed: int, voxels: int = 8) -> Path:
     """A scan in which the model finds a cuboid of ``voxels`` voxels of label 2 in the middle, 0.008 mL each."""
+    return _write(folder / f"{case}.nii", scan_of(_cuboid(voxels), seed))
+
+
+def write_labelled(folder: Path, case: str, seed: int) -> None:
+    """A scan with its label map, in the folders of a training set."""
+    _write(folder / "imagesTr" / f"{case}.nii", scan_of(_cuboid(8), seed))
+    _write(folder / "labelsTr" / f"{case}.nii", _cuboid(8))
+
+
+def _cuboid(voxels: int) -> np.ndarray:
     mask = np.zeros((SIDE, SIDE, SIDE), np.uint8)
     depth, rest = divmod(voxels, 4)
     assert rest == 0, "whole layers of 2 x 2"
     mask[2 : 2 + depth, 3:5, 3:5] = 2
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{case}.nii"
+    return mask
+
+
+def _write(path: Path, values: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     geometry = Geometry((SIDE, SIDE, SIDE), SPACING_MM, (0.0, 0.0, 0.0))
-    write_volume(path, Volume(scan_of(mask, seed)[None], geometry))
+    write_volume(path, Volume(values[None], geometry))
     return path
 
 
