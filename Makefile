@@ -4,6 +4,8 @@
 # make audit  known holes in the locked packages; asks a database over the network, and fails where it cannot
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# two at once; what is run with options of its own, such as tests that failed or take time, has the machine for itself
+PYTEST_OPTIONS ?= --numprocesses 2 --no-loadscope-reorder
 BIN := .venv/bin
 READY := .venv/ready
 

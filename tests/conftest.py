@@ -1,17 +1,43 @@
 """Fixtures shared by all tests."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.object_store import object_store, writable_store
 from tests.walkthrough import REPOSITORY, run_page
 
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadFileScheduling
+    from xdist.workermanage import Producer
+
 __all__ = ["object_store", "writable_store"]
+
+TOGETHER = frozenset(
+    f"tests/{name}.py"
+    for name in ("flows/test_commands", "flows/test_faults", "flows/test_night_engine", "flows/test_ui", "test_docs")
+)
+"""Files whose tests need the walkthrough, or engines that stand ready: both take a minute."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    """Where processes share the tests, each takes a file at a time, and one takes all that belong ``TOGETHER``."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByStart(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "together" if file in TOGETHER else file
+
+    return ByStart(config, log)
 
 
 LONG_S = 3600

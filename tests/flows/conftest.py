@@ -1,13 +1,17 @@
 """Fixtures of the tests that run commands."""
 
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows.server import ServerProcess, start_server
 from tests.flows.command import Command, receipts
+from tests.flows.standing import standing_engines
 from tests.workers.tiny_cohort import publish_model, take_in, write_scan
 from workers.nights import records
 from workers.report import read_rows
@@ -52,6 +56,47 @@ def vnet() -> Iterator[Callable[..., Command]]:
         command.end()
 
 
+@pytest.fixture
+def at_server(vnet: Callable[..., Command], site_server: ServerProcess) -> Callable[..., Command]:
+    """As ``vnet``, where a Prefect server runs already."""
+    return partial(vnet, PREFECT_API_URL=site_server.api_url)
+
+
+@pytest.fixture
+def at_site(vnet: Callable[..., Command], site: dict[str, str]) -> Callable[..., Command]:
+    """As ``vnet``, where a Prefect server, Ray and Dask run already."""
+    return partial(vnet, **site)
+
+
+@pytest.fixture(scope="session")
+def site_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A Prefect server as a site has it: commands that are given its address start none of their own."""
+    home = tmp_path_factory.mktemp("site") / "prefect"
+    with start_server(home, 0) as started:
+        with sqlite3.connect(home / "prefect.db") as source, sqlite3.connect(home / "empty.db") as copy:
+            source.backup(copy)
+        yield started
+
+
+@pytest.fixture(scope="session")
+def site(site_server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Variables that name a Prefect server, a Ray and a Dask that run already to a command."""
+    with standing_engines(tmp_path_factory.mktemp("engines")) as engines:
+        yield engines | {"PREFECT_API_URL": site_server.api_url}
+
+
+@pytest.fixture(scope="session")
+def prefect_home(site_server: ServerProcess) -> Callable[[Path], Path]:
+    """Makes a home for a Prefect server: its database is empty, but has its tables, which take seconds to make."""
+
+    def make(home: Path) -> Path:
+        home.mkdir(mode=0o700, parents=True)
+        shutil.copy(site_server.log_path.parent / "empty.db", home / "prefect.db")
+        return home
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def taken_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with a model and a cohort ``many`` of which nothing is segmented yet; its scans lie beside it."""
@@ -65,10 +110,12 @@ def taken_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_receipts(taken_in: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def tiny_receipts(
+    taken_in: Path, site_server: ServerProcess, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """Receipts of a night over ``taken_in`` that nothing disturbed."""
     root = Path(shutil.copytree(taken_in, tmp_path_factory.mktemp("undisturbed") / "root"))
-    command = Command(*nightly(), root=root)
+    command = Command(*nightly(), root=root, PREFECT_API_URL=site_server.api_url)
     try:
         assert command.wait() == 0, command.err
     finally:

@@ -230,8 +230,8 @@ print(json.dumps([diagnose(*asked) for asked in json.load(sys.stdin)]))
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with start_server(tmp_path_factory.mktemp("prefect"), 0) as started:
+def server(prefect_home: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with start_server(prefect_home(tmp_path_factory.mktemp("prefect") / "home"), 0) as started:
         yield started
 
 

@@ -21,7 +21,7 @@ import pytest
 import SimpleITK as sitk
 
 from flows.cli import main
-from flows.server import start_server
+from flows.server import ServerProcess
 from tests.conftest import Walkthrough
 from tests.walkthrough import REPOSITORY, environment
 from vnet_core.geometry import CANONICAL_DIRECTION, Geometry
@@ -77,11 +77,12 @@ class Answer:
         return any(part in line for line in self.children)
 
 
-def run(*arguments: str | Path, root: Path) -> Answer:
+def run(*arguments: str | Path, root: Path, **variables: str) -> Answer:
     """A ``vnet`` process; its children are watched all the time."""
     command = ["vnet", *map(str, arguments), "--root", str(root)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=root.parent, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
+    env = environment() | variables
+    with subprocess.Popen(command, cwd=root.parent, env=env, stdout=pipe, stderr=pipe, text=True) as process:
         watched, over = set(), threading.Event()
 
         def watch() -> None:
@@ -149,7 +150,9 @@ def test_the_same_night_again_computes_nothing_and_starts_no_engine(walkthrough:
 
 
 @pytest.fixture(scope="module")
-def second_night(walkthrough: Walkthrough, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Answer:
+def second_night(
+    walkthrough: Walkthrough, root: Path, site_server: ServerProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Answer:
     """The night after one scan stayed, one changed, one was renamed and one was added, with a hostile manifest."""
     _, changed, renamed = truth_of(walkthrough)
     night = tmp_path_factory.mktemp("sources") / "night"
@@ -167,7 +170,8 @@ def second_night(walkthrough: Walkthrough, root: Path, tmp_path_factory: pytest.
         writer.writerow(["absent", "=calc.nii.gz", ""])
     ingested = run("ingest", night, manifest, "--cohort", "tonight", "--json", root=root)
     assert ingested.code == 3, ingested.err
-    return run("nightly", "--cohort", "tonight", "--model", "organs", "--json", root=root)
+    nightly = ("nightly", "--cohort", "tonight", "--model", "organs", "--json")
+    return run(*nightly, root=root, PREFECT_API_URL=site_server.api_url)
 
 
 def new_case(answer: Answer) -> str:
@@ -247,11 +251,14 @@ def test_the_tables_have_every_case_and_no_formula(root: Path, second_night: Ans
 # --- one scan, and grids of every kind
 
 
-def test_one_scan_file_is_segmented_into_a_named_folder(walkthrough: Walkthrough, root: Path, tmp_path: Path) -> None:
+def test_one_scan_file_is_segmented_into_a_named_folder(
+    walkthrough: Walkthrough, root: Path, site: dict[str, str], tmp_path: Path
+) -> None:
     name = truth_of(walkthrough)[0]
     scan = walkthrough.folder / "scans" / "night" / f"{name}.nii.gz"
     output = tmp_path / "new" / "masks"
-    answer = run("segment", scan, "--model", "organs@v1", "--output", output, "--format", "mha", "--json", root=root)
+    options = ("--model", "organs@v1", "--output", output, "--format", "mha", "--json")
+    answer = run("segment", scan, *options, root=root, **site)
     assert answer.code == 0, answer.err
     assert answer.states == {name: "computed"}
     assert [path.name for path in output.iterdir()] == [f"{name}.mha"]
@@ -269,7 +276,7 @@ def flipped(direction: Any) -> Any:
     return tuple((-z, -y, -x) for z, y, x in direction)
 
 
-def test_masks_lie_exactly_on_the_grid_of_their_scan(root: Path, tmp_path: Path) -> None:
+def test_masks_lie_exactly_on_the_grid_of_their_scan(root: Path, site: dict[str, str], tmp_path: Path) -> None:
     scans, masks = tmp_path / "scans", tmp_path / "masks"
     scans.mkdir()
     grids = {
@@ -280,7 +287,8 @@ def test_masks_lie_exactly_on_the_grid_of_their_scan(root: Path, tmp_path: Path)
     }
     for name, direction in grids.items():
         write_volume(scans / f"{name}.nii.gz", phantom(replace(SMALL, direction=direction))[0])
-    answer = run("segment", scans, "--model", "organs", "--output", masks, "--json", root=root)
+    options = ("--model", "organs", "--output", masks, "--json")
+    answer = run("segment", scans, *options, root=root, **site)
     assert answer.code == 0, answer.err
     assert answer.states == dict.fromkeys(grids, "computed")
     for name in grids:
@@ -299,7 +307,9 @@ def test_masks_lie_exactly_on_the_grid_of_their_scan(root: Path, tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def refusals(walkthrough: Walkthrough, root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
+def refusals(
+    walkthrough: Walkthrough, root: Path, site_server: ServerProcess, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Answer]:
     """Commands that cannot work, all run in one process against one Prefect server."""
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "key.toml").write_text("[training]\npatch_sise = [24, 24, 24]\n")
@@ -320,15 +330,15 @@ def refusals(walkthrough: Walkthrough, root: Path, tmp_path_factory: pytest.Temp
         "resume": ["train", "--cohort", "training", "--model", "new", "--resume"],
         "option": ["train", "--cohort", "training", "--model", "new", "--steps", "5", "--minutes", "1"],
     }
-    with start_server(folder / "prefect", 0) as server:
-        process = subprocess.run(
-            [sys.executable, "-c", MANY_COMMANDS],
-            input=json.dumps(list(commands.values())),
-            env=environment() | {"PREFECT_API_URL": server.api_url, "VNET_ROOT": str(root), "PYTHONPATH": REPOSITORY},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+    variables = {"PREFECT_API_URL": site_server.api_url, "VNET_ROOT": str(root), "PYTHONPATH": REPOSITORY}
+    process = subprocess.run(
+        [sys.executable, "-c", MANY_COMMANDS],
+        input=json.dumps(list(commands.values())),
+        env=environment() | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert process.returncode == 0, process.stderr
     answers = [Answer(answer["code"], answer["out"], answer["err"]) for answer in json.loads(process.stdout)]
     return dict(zip(commands, answers, strict=True))

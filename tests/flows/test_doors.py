@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,11 +79,14 @@ def is_local(address: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def evening(taken_in: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evening]:
+def evening(
+    taken_in: Path, prefect_home: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Evening]:
     folder = tmp_path_factory.mktemp("evening")
     root = folder / "root"
     shutil.copytree(taken_in, root)
     shutil.rmtree(root / "volumes", ignore_errors=True)
+    prefect_home(root / "prefect")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     evening, commands = Evening(root), []
@@ -134,12 +137,12 @@ def test_no_pickle_lies_in_the_root(evening: Evening) -> None:
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def guarded(prefect_home: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server that asks for a name and a password."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PREFECT_SERVER_API_AUTH_STRING", SECRET)
         patched.setenv("PREFECT_API_AUTH_STRING", SECRET)
-        with start_server(tmp_path_factory.mktemp("guarded"), 0) as server:
+        with start_server(prefect_home(tmp_path_factory.mktemp("guarded") / "home"), 0) as server:
             yield server
 
 

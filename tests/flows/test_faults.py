@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 
 from flows.commands.data import ingest_sources
+from flows.server import ServerProcess
 from tests.conftest import Walkthrough
 from tests.flows.command import Command, receipts, until
 from vnet_core.networks.vnet import build_vnet, initialise
@@ -80,10 +81,10 @@ def many(walkthrough: Walkthrough, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def undisturbed(many: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def undisturbed(many: Path, site_server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Receipts of a night that nothing disturbed."""
     root = copy(many, tmp_path_factory.mktemp("undisturbed") / "vnet-data")
-    command = Command(*night(), root=root)
+    command = Command(*night(), root=root, PREFECT_API_URL=site_server.api_url)
     try:
         assert command.wait() == 0, command.err
         assert command.states == {f"scan-{number:02d}": "computed" for number in range(CASES)}
@@ -98,7 +99,9 @@ def undisturbed(many: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.mark.fault("F7", "F10")
-def test_a_night_killed_and_interrupted_goes_on_to_the_same_bytes(vnet, many: Path, undisturbed, tmp_path) -> None:
+def test_a_night_killed_and_interrupted_goes_on_to_the_same_bytes(
+    vnet, at_site, many: Path, undisturbed, tmp_path
+) -> None:
     root = copy(many, tmp_path / "vnet-data")
     had = volumes(root)
 
@@ -132,7 +135,7 @@ def test_a_night_killed_and_interrupted_goes_on_to_the_same_bytes(vnet, many: Pa
     second = receipts(root)
     assert len(first) + 2 <= len(second) < CASES
 
-    last = vnet(*night(), root=root)
+    last = at_site(*night(), root=root)
     assert last.wait() == 0, last.err
     assert last.states == {case: "cached" if case in second else "computed" for case in undisturbed}
     assert receipts(root) == undisturbed
@@ -183,10 +186,10 @@ def training(many: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 @pytest.fixture(scope="module")
-def whole_training(training: tuple[Path, list[str]]) -> Path:
+def whole_training(training: tuple[Path, list[str]], site_server: ServerProcess) -> Path:
     """The bundle of a training by one worker that nothing disturbed."""
     root, arguments = training
-    command = Command(*arguments, "--model", "whole", root=root)
+    command = Command(*arguments, "--model", "whole", root=root, PREFECT_API_URL=site_server.api_url)
     try:
         assert command.wait() == 0, command.err
         assert "Traceback" not in command.err
@@ -239,9 +242,9 @@ def test_a_killed_training_goes_on_from_its_checkpoint(vnet, training, whole_tra
     until(lambda: not resumed.left(), 30)
 
 
-def test_two_workers_learn_what_one_does(vnet, training, whole_training: Path) -> None:
+def test_two_workers_learn_what_one_does(at_site, training, whole_training: Path) -> None:
     root, arguments = training
-    command = vnet(*arguments, "--model", "pair", "--workers", "2", root=root)
+    command = at_site(*arguments, "--model", "pair", "--workers", "2", root=root)
     assert command.wait() == 0, command.err
     bundle = root / "models" / "pair" / "v1"
     facts, alone = facts_of(bundle), facts_of(whole_training)

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,11 +159,11 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(prefect_home: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("review")
     root = Root(folder / "root")
     keys = night_of(root, folder, [*FLAGGED, *PLAIN], deliver=str(folder / "out"))
-    with start_server(folder / "home", 0) as server:
+    with start_server(prefect_home(folder / "home"), 0) as server:
         env = environment(folder / "home", PREFECT_API_URL=server.api_url, VNET_ROOT=str(root.home))
         env.pop("VNET_SITE", None)
         with (

@@ -38,10 +38,11 @@ def caught_up(url: str) -> list[dict]:
 
 
 def test_a_missed_night_is_caught_up_cancelled_and_done_by_the_next_run(
-    vnet: Callable[..., Command], taken_in: Path, tmp_path: Path
+    vnet: Callable[..., Command], taken_in: Path, prefect_home: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(taken_in, tmp_path / "root"))
     root = Root(folder)
+    prefect_home(folder / "prefect")
     (tmp_path / "site.toml").write_text(SITE)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -4,15 +4,13 @@ import contextlib
 import http.server
 import json
 import os
-import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -80,20 +78,14 @@ def gone(pid: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    home = tmp_path_factory.mktemp("prefect")
-    with start_server(home, 0) as started:
-        with sqlite3.connect(home / "prefect.db") as source, sqlite3.connect(home / "empty.db") as copy:
-            source.backup(copy)
+def server(prefect_home: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with start_server(prefect_home(tmp_path_factory.mktemp("prefect") / "home"), 0) as started:
         yield started
 
 
 @pytest.fixture
-def home(server: ServerProcess, tmp_path: Path) -> Path:
-    """A home with an empty database, whose tables would take seconds to make."""
-    (tmp_path / "home").mkdir()
-    shutil.copy(server.log_path.parent / "empty.db", tmp_path / "home" / "prefect.db")
-    return tmp_path / "home"
+def home(prefect_home: Callable[[Path], Path], tmp_path: Path) -> Path:
+    return prefect_home(tmp_path / "home")
 
 
 @pytest.fixture(scope="module")
@@ -207,13 +199,20 @@ def test_pages_of_other_sites_cannot_use_the_api(server: ServerProcess) -> None:
     assert " 400 " in ask("GET /api/admin/version", "Host: rebound.example.org")
 
 
+def group_of(pid: int) -> int | None:
+    """The process group; None of a process that has just ended."""
+    with contextlib.suppress(ProcessLookupError):
+        return os.getpgid(pid)
+    return None
+
+
 def test_a_stopped_server_leaves_nothing(home: Path) -> None:
     server = start_server(home, 0)
     port = int(server.url.rpartition(":")[2])
     assert running_server(home) == server.api_url
     server.stop()
     assert not server.alive
-    assert [p.pid for p in psutil.process_iter() if os.getpgid(p.pid) == server.pid] == []
+    assert [pid for pid in psutil.pids() if group_of(pid) == server.pid] == []
     assert running_server(home) is None
     with socket.create_server(("127.0.0.1", port)):
         server.stop()  # harmless

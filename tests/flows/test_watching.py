@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -48,8 +48,8 @@ with Watch(Root(sys.argv[1]), [watched]):
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[ServerProcess]:
-    with start_server(tmp_path / "prefect", 0) as started:
+def server(prefect_home: Callable[[Path], Path], tmp_path: Path) -> Iterator[ServerProcess]:
+    with start_server(prefect_home(tmp_path / "prefect"), 0) as started:
         yield started
 
 
