@@ -12,7 +12,7 @@ from prefect import get_run_logger
 from flows.session import Session
 from flows.shift import Assignment, Shift, carried_over
 from flows.stages import refusals, usable
-from flows.tasks import Progress, report_night
+from flows.tasks import Progress, report_night, unsearched
 from vnet_core.errors import ConfigError, VnetError
 from vnet_core.geometry import Geometry
 from workers import attempts, nights
@@ -106,7 +106,7 @@ def run_night(session: Session, order: Order, model: Model, started: datetime) -
         _remember(session, model, night, jobs, shift.settled)
         ended = nights.ended(night, outcomes, stopped, session.clock())
         fail_point("night:rows")
-        rows = report_night(root, ended, outcomes, entries)
+        rows = report_night(root, ended, unsearched(outcomes), unsearched(entries))
         fail_point("night:record")
         _close(root, ended)
     return Result(ended, outcomes, rows, jobs)

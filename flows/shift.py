@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.session import Session
 from flows.stages import Crew
-from flows.tasks import preprocess_batch, segment_batch
+from flows.tasks import preprocess_batch, segment_batch, unsearched
 from workers.attempts import Failure, quarantine_outcome, quarantined
 from workers.cohort import Case, volume_key
 from workers.failpoints import fail_point
@@ -224,7 +224,7 @@ class Stint:
                 ahead = self._prepare(held)
                 ready = [job for job in batch if job.case.id not in without and self._has_volume(job)]
                 if ready:
-                    segment_batch(pool, ready, self._take, self._shift.may_begin)
+                    segment_batch(pool, unsearched(ready), self._take, self._shift.may_begin)
                 self._let_go(held.pop(0))
         finally:
             for batch in held:
@@ -253,7 +253,7 @@ class Stint:
             return batch, None
         root, plan = self._shift.session.root, self._shift.model.plan
         return batch, preprocess_batch.submit(
-            root, missing, plan, self._crew.executor, self._take_prepared, self._shift.may_go_on
+            root, unsearched(missing), plan, self._crew.executor, self._take_prepared, self._shift.may_go_on
         )
 
     def _has_volume(self, job: Job) -> bool:

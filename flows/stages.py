@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from flows.session import Session
-from flows.tasks import Progress, batches, preprocess_batch, segment_batch
+from flows.tasks import Progress, batches, preprocess_batch, segment_batch, unsearched
 from vnet_core.plan import Plan
 from workers.clusters import ray_session
 from workers.cohort import Case, Entry, volume_key
@@ -48,7 +48,7 @@ def preprocess_cases(session: Session, cohort: str, cases: Sequence[Case], plan:
         done = [
             outcome
             for batch in batches(missing, session.site.batch_cases)
-            for outcome in preprocess_batch(session.root, batch, plan, executor, progress)
+            for outcome in preprocess_batch(session.root, unsearched(batch), plan, executor, progress)
         ]
     return sorted([*ready, *done], key=lambda outcome: outcome.case)
 
@@ -106,5 +106,5 @@ def segment_cases(session: Session, model: Model, jobs: Sequence[Job]) -> list[O
         ready = [job for job in missing if job.case.id not in failed]
         with Crew(session, model, len(ready)) as crew:
             for batch in batches(ready, session.site.batch_cases):
-                outcomes += segment_batch(crew.pool, batch)
+                outcomes += segment_batch(crew.pool, unsearched(batch))
     return sorted(outcomes, key=lambda outcome: outcome.case)

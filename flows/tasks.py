@@ -6,12 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from uuid import UUID
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.utilities.annotations import quote
 
 from flows.artifacts import artifact_key
 from flows.pages import publish_night
@@ -60,6 +61,11 @@ class Progress:
         if share >= 1 or time.monotonic() - self._sent >= PROGRESS_SECONDS:
             update_progress_artifact(self._artifact, progress=min(100.0, 100 * share))
             self._sent = time.monotonic()
+
+
+def unsearched(many: T) -> T:
+    """``many`` as an argument of a task in which Prefect does not search every field for what other runs have left."""
+    return cast(T, quote(many))
 
 
 def batches(cases: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -74,7 +74,8 @@ class Image:
 
 def is_ome_zarr(path: Path) -> bool:
     """Whether the path is a Zarr folder."""
-    return any(os.path.isfile(path / name) for name in ("zarr.json", ".zattrs", ".zgroup", ".zarray"))
+    names = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
+    return os.path.isdir(path) and any(os.path.isfile(path / name) for name in names)
 
 
 def ome_zarr_files(path: Path) -> list[Path]:
