@@ -26,7 +26,7 @@ BIAS_MM = 4.0
 """Voxels of the copy on which the bias field is found."""
 BIAS_FEWEST = 16
 """But at least so many along each axis, where the scan has them."""
-SLAB_COPIES = 7
+SLAB_COPIES = 8
 """Times that the planes of a slab are held as float32 while they are interpolated along three axes and written."""
 
 
