@@ -191,7 +191,7 @@ def answer_once(folder: str) -> LastWords:
 def test_an_answer_that_is_lost_with_one_worker_after_another_is_a_death(tmp_path: Path) -> None:
     """Work that has ended, is done again since its worker died with the answer, and then costs another one."""
     with dask_executor(None, 1) as executor:
-        error = executor.submit(answer_once, str(tmp_path)).exception(120)
+        error = executor.submit(answer_once, str(tmp_path)).exception(120 * slowness())
         assert error is not None
         assert executor.is_death(error)
 
