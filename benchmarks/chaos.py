@@ -33,10 +33,10 @@ from tests.flows.command import Command, receipts, until
 from tests.workers.tiny_cohort import MODEL, publish_model, take_in
 from vnet_core.phantoms import PhantomSpec, phantom
 from workers.failpoints import LOG_VARIABLE
-from workers.nights import records
-from workers.report import read_rows
-from workers.scans import write_volume
-from workers.store import Root
+from workers.nights.record import records
+from workers.reports.report import read_rows
+from workers.sources.scans import write_volume
+from workers.storage.store import Root
 
 COHORT = "many"
 BETWEEN_S = (5.0, 15.0)

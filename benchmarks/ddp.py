@@ -28,12 +28,12 @@ from vnet_core.networks.vnet import build_vnet, count_parameters
 from vnet_core.phantoms import PhantomSpec, phantom
 from vnet_core.plan import Plan
 from vnet_core.preprocess import prepare
-from workers.arrays import write_arrays
-from workers.clusters import Engines, ray_session
 from workers.cohort import Case, Entry, Verdict, volume_key
-from workers.store import Root
-from workers.train import Training, train
-from workers.training_run import Budget
+from workers.engines.clusters import Engines, ray_session
+from workers.storage.arrays import write_arrays
+from workers.storage.store import Root
+from workers.training.run import Budget
+from workers.training.train import Training, train
 
 WORKERS = 2
 ALLOWED = 0.05

@@ -29,11 +29,11 @@ from tests.workers.through import Through
 from vnet_core.geometry import Geometry
 from vnet_core.plan import Label, Plan
 from workers.cohort import Case
-from workers.dask_engine import DaskExecutor, dask_executor
+from workers.engines.dask_engine import DaskExecutor, dask_executor
+from workers.engines.tries import Work
 from workers.ledger import Outcome, process_peak_bytes
 from workers.preprocess import STAGE, preprocess
-from workers.store import Root
-from workers.tries import Work
+from workers.storage.store import Root
 
 PLAN = Plan(labels=(Label(value=1, name="organ"),))
 GRID = Geometry((200, 512, 512), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0))

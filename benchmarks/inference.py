@@ -32,10 +32,10 @@ from vnet_core.networks.vnet import VNet, build_vnet, count_parameters
 from vnet_core.plan import Plan
 from vnet_core.preprocess import prepare as prepare_case
 from workers.cohort import read_channels
-from workers.discover import discover
-from workers.models import load_model, load_networks
-from workers.scans import read_label
-from workers.store import Root
+from workers.registry.models import load_model, load_networks
+from workers.sources.discover import discover
+from workers.sources.scans import read_label
+from workers.storage.store import Root
 
 CPU = torch.device("cpu")
 OURS, PEER, PEER_BFLOAT16 = "one pass", "MONAI sliding window", "MONAI sliding window, our bfloat16 weights"

@@ -31,13 +31,13 @@ from vnet_core.geometry import Geometry, Shape, resampled, to_mapping
 from vnet_core.networks.vnet import build_vnet
 from vnet_core.plan import Plan
 from vnet_core.portions import whole_bytes
-from workers.arrays import SHARD_EDGE, create_array
 from workers.cohort import Case, source_digest, volume_key
-from workers.large import Work  # noqa: F401  a library of the process's start
-from workers.models import Target, load_model, publish
-from workers.scans import bring_in_readers, write_label
-from workers.segment import Job, Segmenter
-from workers.store import Root
+from workers.registry.models import Target, load_model, publish
+from workers.segmentation.large import Work  # noqa: F401  a library of the process's start
+from workers.segmentation.segment import Job, Segmenter
+from workers.sources.scans import bring_in_readers, write_label
+from workers.storage.arrays import SHARD_EDGE, create_array
+from workers.storage.store import Root
 
 MODEL = "tiny"
 

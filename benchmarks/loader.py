@@ -30,7 +30,7 @@ from vnet_core.networks.vnet import build_vnet, count_parameters, initialise
 from vnet_core.phantoms import PhantomSpec, phantom
 from vnet_core.plan import Plan
 from vnet_core.preprocess import prepare
-from workers.patches import BatchLoader, Share, TrainingVolume, batch_of
+from workers.training.patches import BatchLoader, Share, TrainingVolume, batch_of
 
 CPU = torch.device("cpu")
 ALONE = Share(0, 1)

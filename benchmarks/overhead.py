@@ -29,10 +29,10 @@ import psutil
 from benchmarks.machine import RESULTS, provenance, tell
 from tests.workers.tiny_cohort import MODEL, publish_model, take_in, write_scan
 from workers.cohort import load_entries
-from workers.models import load_model
-from workers.nights import load_night, records
-from workers.segment import Job, key_of
-from workers.store import Root
+from workers.nights.record import load_night, records
+from workers.registry.models import load_model
+from workers.segmentation.segment import Job, key_of
+from workers.storage.store import Root
 
 VNET = str(Path(sys.executable).with_name("vnet"))
 COHORT = "tiny"

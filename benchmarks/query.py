@@ -29,9 +29,9 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from workers.columns import SCHEMA
-from workers.query import Query, query
-from workers.store import Root
+from workers.reports.columns import SCHEMA
+from workers.reports.query import Query, query
+from workers.storage.store import Root
 
 VNET = str(Path(sys.executable).with_name("vnet"))
 COHORT = "liver"

@@ -30,14 +30,14 @@ from vnet_core.phantoms import PhantomSpec, phantom
 from vnet_core.plan import Label, Plan
 from vnet_core.sections import InferencePlan, NetworkPlan, PreprocessPlan
 from vnet_core.volume import Volume
-from workers.clusters import Engines, processors, ray_session
 from workers.cohort import Case, load_entries
-from workers.models import Model, Target, publish
-from workers.pool import SegmentPool
+from workers.engines.clusters import Engines, processors, ray_session
 from workers.preprocess import preprocess
-from workers.scans import write_volume
-from workers.segment import Job
-from workers.store import Root
+from workers.registry.models import Model, Target, publish
+from workers.segmentation.pool import SegmentPool
+from workers.segmentation.segment import Job
+from workers.sources.scans import write_volume
+from workers.storage.store import Root
 
 COHORT = "scaling"
 PLAN = Plan(

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.machine import RESULTS, provenance, write_lines
 from workers.cohort import Entry, load_cohort, load_entries
 from workers.ingest import ingest
-from workers.store import Root
+from workers.storage.store import Root
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from vnet_core.phantoms import demo_cohort, phantom
-from workers.scans import write_volume
+from workers.sources.scans import write_volume
 
 TRAINING_CASES = 6
 NEW_CASES = 3

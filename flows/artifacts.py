@@ -12,10 +12,10 @@ from vnet_core.plan import Plan
 from vnet_core.structures import structures
 from workers import markdown
 from workers.harmless import one_line
-from workers.store import Root
-from workers.story import NOTICE, Row
-from workers.training_run import Run
-from workers.validations import Validation, validations
+from workers.reports.story import NOTICE, Row
+from workers.storage.store import Root
+from workers.training.run import Run
+from workers.training.validations import Validation, validations
 
 TABLE_ROWS = 2_000
 """Most rows of a table artifact; the Parquet file has all."""

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from flows.events import FAILURES, MISSING, cohort_resource
 from flows.server import ORPHANED
 from vnet_core.errors import ConfigError
-from workers.site import Nightly
+from workers.settings.site import Nightly
 
 if TYPE_CHECKING:
     from uuid import UUID

@@ -11,12 +11,7 @@ from vnet_core.comparison import agreement_picture, two_outlines
 from vnet_core.errors import VnetError
 from workers.ledger import Outcome, State, settle
 from workers.markdown import code, picture, table, text
-from workers.models import Model, load_model
-from workers.reading import read_scan_apart
-from workers.registry import aliases
-from workers.rules import NightRules
-from workers.segment import Job, key_of
-from workers.shadows import (
+from workers.nights.shadows import (
     Pair,
     Shadow,
     Standing,
@@ -30,11 +25,16 @@ from workers.shadows import (
     structure_mask,
     write_shadow,
 )
-from workers.store import Root
-from workers.story import NOTICE
+from workers.registry.aliases import aliases
+from workers.registry.models import Model, load_model
+from workers.reports.story import NOTICE
+from workers.segmentation.segment import Job, key_of
+from workers.settings.rules import NightRules
+from workers.sources.reading import read_scan_apart
+from workers.storage.store import Root
 
 if TYPE_CHECKING:
-    from workers.report import Night
+    from workers.reports.report import Night
 
 STAGE = "challenger"
 CASES = 4

@@ -27,10 +27,10 @@ from flows.prefect_settings import prefect_environment
 from flows.server import local_api
 from flows.session import ROOT_VARIABLE, SITE_VARIABLE, open_session
 from vnet_core.errors import ConfigError, EngineError, MemoryLimitError, StorageError, VnetError
+from workers.engines.machine import check_machine
 from workers.harmless import printable
 from workers.ledger import nameless
-from workers.machine import check_machine
-from workers.modes import for_the_owner_alone
+from workers.storage.modes import for_the_owner_alone
 
 OK, USAGE, PARTLY, NONE, INTERRUPTED = 0, 2, 3, 4, 130
 

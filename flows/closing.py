@@ -14,10 +14,10 @@ from flows.review import gate
 from flows.session import Session
 from flows.stages import segment_cases
 from vnet_core.errors import VnetError
-from workers.delivery import deliver
+from workers.delivery.handing import deliver
 from workers.ledger import Outcome
-from workers.models import Model
-from workers.segment import Job
+from workers.registry.models import Model
+from workers.segmentation.segment import Job
 
 
 def close_night(session: Session, order: Order, result: Result) -> None:

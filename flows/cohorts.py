@@ -23,8 +23,8 @@ from flows.tasks import refresh_cohort
 from workers.cohort import load_cohort, load_entries
 from workers.harmless import one_line
 from workers.ledger import Outcome, counts
-from workers.masks import MaskFormat
-from workers.rules import DEFAULT_RULES, NightRules
+from workers.segmentation.masks import MaskFormat
+from workers.settings.rules import DEFAULT_RULES, NightRules
 
 # The form takes its texts from the docstrings of the flows.
 ModelReference = Annotated[str, Field(min_length=1)]

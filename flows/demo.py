@@ -20,8 +20,8 @@ from vnet_core.plan import Label
 from workers.evaluate import evaluate, masks_in
 from workers.ingest import Names
 from workers.ledger import counts
-from workers.masks import load_report
-from workers.scans import write_volume
+from workers.segmentation.masks import load_report
+from workers.sources.scans import write_volume
 
 SEED = 2016
 TRAINING_CASES = 20

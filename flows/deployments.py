@@ -21,9 +21,9 @@ from flows.timetable import check_schedules, missed
 from flows.watching import Watch
 from vnet_core.errors import ConfigError, EngineError
 from workers.cohort import load_cohort
-from workers.models import load_model
-from workers.site import Nightly
-from workers.store import Root
+from workers.registry.models import load_model
+from workers.settings.site import Nightly
+from workers.storage.store import Root
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient

@@ -13,10 +13,10 @@ from flows.pruning import client_of
 from flows.server import running_server
 from flows.timetable import check_schedules, without_success
 from vnet_core.errors import ConfigError
-from workers.doctor import Check, examine, examined
-from workers.nights import load_night, records
-from workers.site import Site, load_site
-from workers.store import Root
+from workers.care.doctor import Check, examine, examined
+from workers.nights.record import load_night, records
+from workers.settings.site import Site, load_site
+from workers.storage.store import Root
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from workers.attempts import QUARANTINED
-from workers.nights import Night
-from workers.site import Nightly
+from workers.nights.attempts import QUARANTINED
+from workers.nights.record import Night
+from workers.settings.site import Nightly
 
 FAILURES = "vnet.night.failures"
 MISSING = "vnet.night.missing"

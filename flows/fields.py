@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from workers.registry import LONGEST_NAME, LONGEST_REASON
+from workers.registry.aliases import LONGEST_NAME, LONGEST_REASON
 
 CohortName = Annotated[str, Field(min_length=1)]
 PersonName = Annotated[

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from vnet_core.pictures import light_picture
 from workers import markdown
-from workers.document import Block, Code, Grid, Heading, Items, Link, Paragraph, Picture, Strong, Text
-from workers.story import Evidence, Row, case_blocks
+from workers.reports.document import Block, Code, Grid, Heading, Items, Link, Paragraph, Picture, Strong, Text
+from workers.reports.story import Evidence, Row, case_blocks
 
 PICTURES = 8
 """Most cases with a section of their own, and so most QC pictures."""

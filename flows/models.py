@@ -16,8 +16,7 @@ from flows.session import open_session
 from vnet_core.errors import VnetError
 from workers.harmless import one_line
 from workers.markdown import code, picture, table, text
-from workers.models import card_of, load_model
-from workers.registry import (
+from workers.registry.aliases import (
     aliases,
     challenge,
     history,
@@ -26,7 +25,8 @@ from workers.registry import (
     versions,
     withdraw,
 )
-from workers.store import Root
+from workers.registry.models import card_of, load_model
+from workers.storage.store import Root
 
 CHANGES = 15
 """Most changes of the aliases in a page; ``vnet models history`` has all."""

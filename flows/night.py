@@ -15,22 +15,23 @@ from flows.stages import refusals, usable
 from flows.tasks import Progress, report_night, unsearched
 from vnet_core.errors import ConfigError, VnetError
 from vnet_core.geometry import Geometry
-from workers import attempts, nights
-from workers.attempts import Failure
 from workers.cohort import Entry, check_reading, load_cohort, load_entries
-from workers.events_log import EventLog, keep_events
 from workers.failpoints import fail_point
-from workers.forecast import Forecast, Kind, forecast, kind_of, recorded_cost
 from workers.ingest import preview
 from workers.leases import Run, run, sweep
 from workers.ledger import Outcome
-from workers.masks import MaskFormat, mask_file
-from workers.models import Model, load_model
-from workers.nights import Night
-from workers.report import write_night
-from workers.rules import NightRules
-from workers.segment import STAGE, Job, key_of
-from workers.store import Root
+from workers.nights import attempts
+from workers.nights import record as nights
+from workers.nights.attempts import Failure
+from workers.nights.events_log import EventLog, keep_events
+from workers.nights.forecast import Forecast, Kind, forecast, kind_of, recorded_cost
+from workers.nights.record import Night
+from workers.registry.models import Model, load_model
+from workers.reports.report import write_night
+from workers.segmentation.masks import MaskFormat, mask_file
+from workers.segmentation.segment import STAGE, Job, key_of
+from workers.settings.rules import NightRules
+from workers.storage.store import Root
 
 MIRROR_AXES = (0, 1, 2)
 """What a person's "run again with mirroring" mirrors along: z, y, x."""
@@ -114,7 +115,7 @@ def run_night(session: Session, order: Order, model: Model, started: datetime) -
 
 def jobs_of(root: Root, order: Order, model: Model, entries: Sequence[Entry]) -> list[Job]:
     """A job for every usable case, with mirroring where a person asked for it."""
-    from workers.decisions import mirrored
+    from workers.nights.decisions import mirrored
 
     wanted = mirrored(root, order.cohort)
     jobs = []

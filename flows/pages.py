@@ -9,16 +9,16 @@ from flows.artifacts import artifact_key, volume_table
 from flows.markdown import NO_PICTURE, night_report
 from vnet_core import plots
 from vnet_core.errors import StorageError
-from workers.document import Block, Code, Link, Picture, paragraph
-from workers.earlier import Sums, night_before, trend
 from workers.harmless import one_line
-from workers.html_page import CaseView, night_page
-from workers.masks import NO_PICTURE as BURNT_IN
-from workers.masks import load_report
-from workers.nights import Night
-from workers.previews import Volumes, volumes_of
-from workers.store import Root
-from workers.story import Evidence, Row, by_case, case_blocks, cases_title, needs_a_look, overview, worst_first
+from workers.nights.record import Night
+from workers.reports.document import Block, Code, Link, Picture, paragraph
+from workers.reports.earlier import Sums, night_before, trend
+from workers.reports.html_page import CaseView, night_page
+from workers.reports.previews import Volumes, volumes_of
+from workers.reports.story import Evidence, Row, by_case, case_blocks, cases_title, needs_a_look, overview, worst_first
+from workers.segmentation.masks import NO_PICTURE as BURNT_IN
+from workers.segmentation.masks import load_report
+from workers.storage.store import Root
 
 TABLE_ROWS = 1_000
 """Most rows of a night's table, about half a megabyte, kept by Prefect for every night; the Parquet file has all."""
@@ -28,8 +28,8 @@ MISSING = "No picture: the result does not hold one any more."
 def publish_night(root: Root, night: Night, rows: Sequence[Row]) -> None:
     """Write ``reports/<cohort>/<night>.html`` and create the artifacts ``night-<cohort>`` and ``volumes-<cohort>``.
 
-    ``rows`` are those of :func:`workers.report.write_night`. Called within a flow or task run, whose page then shows
-    the artifacts.
+    ``rows`` are those of :func:`workers.reports.report.write_night`. Called within a flow or task run, whose page then
+    shows the artifacts.
     """
     from prefect.artifacts import create_markdown_artifact, create_table_artifact
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from flows.fields import CohortName
 from flows.session import open_session
-from workers import pauses
+from workers.nights import pauses
 
 Person = Annotated[str, Field(min_length=1)]
 

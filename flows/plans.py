@@ -16,10 +16,10 @@ from vnet_core.networks.memory import predicted_training_bytes
 from vnet_core.plan import Plan
 from vnet_core.planning import STEP_GMACS_PER_CORE, STEP_GMACS_PER_GPU, Derivation, Machine, derive_plan
 from vnet_core.sections import PRESETS
-from workers.clusters import Engines, gpu_memory_gib
 from workers.cohort import Cohort, Entry, check_reading
-from workers.models import load_model
-from workers.store import Root
+from workers.engines.clusters import Engines, gpu_memory_gib
+from workers.registry.models import load_model
+from workers.storage.store import Root
 
 GIB = 2**30
 

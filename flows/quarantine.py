@@ -10,8 +10,8 @@ from prefect.states import Completed
 
 from flows.fields import CohortName
 from flows.session import open_session
-from workers import attempts
 from workers.cohort import load_cohort
+from workers.nights import attempts
 
 
 @flow(name="release-cases", flow_run_name="release cases of {cohort}", validate_parameters=True)

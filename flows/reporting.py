@@ -12,8 +12,8 @@ from prefect.states import Completed
 from flows.fields import CohortName
 from flows.pages import publish_night
 from flows.session import open_session
-from workers.masks import load_report
-from workers.report import load_reporting, measuring, read_rows, reported_night, rewrite_night
+from workers.reports.report import load_reporting, measuring, read_rows, reported_night, rewrite_night
+from workers.segmentation.masks import load_report
 
 
 @flow(name="report-night", flow_run_name="report {cohort}", validate_parameters=True)

@@ -19,9 +19,9 @@ from vnet_core.reporting import Flag
 from workers import markdown
 from workers.harmless import one_line
 from workers.ledger import State as CaseState
-from workers.query import Answer, Query, choices, describe, query
-from workers.questions import NAME, NONE, load_question, question_names, save_question
-from workers.store import Root
+from workers.reports.query import Answer, Query, choices, describe, query
+from workers.reports.questions import NAME, NONE, load_question, question_names, save_question
+from workers.storage.store import Root
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
@@ -144,7 +144,7 @@ def query_reports(question: Question = EVERYTHING) -> State[Any]:
 def to_query(root: Root, question: Question) -> Query:
     """What a filled-in form asks: the saved question, if one is chosen, with what differs from an untouched form.
 
-    Raises ConfigError ``query.unknown-question`` and those of :class:`workers.query.Query`.
+    Raises ConfigError ``query.unknown-question`` and those of :class:`workers.reports.query.Query`.
     """
     start = Query(nights=question.nights) if question.saved == NONE else load_question(root, question.saved)
     names = {field.name for field in fields(Query)}

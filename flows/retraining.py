@@ -20,16 +20,16 @@ from flows.stages import preprocess_cases, usable
 from flows.tasks import refresh_cohort
 from flows.training import fit
 from vnet_core.errors import TrainingError
-from workers.clusters import processors
 from workers.cohort import Cohort, Entry, check_reading, load_cohort, load_entries, volume_key
-from workers.corrections import training_manifest
+from workers.delivery.corrections import training_manifest
+from workers.engines.clusters import processors
 from workers.ingest import Names, ingest
 from workers.ledger import Outcome, counts, nameless
-from workers.models import Model, load_model
-from workers.registry import aliases, challenge, promote
-from workers.store import Root
-from workers.train import Training
-from workers.training_run import Budget
+from workers.registry.aliases import aliases, challenge, promote
+from workers.registry.models import Model, load_model
+from workers.storage.store import Root
+from workers.training.run import Budget
+from workers.training.train import Training
 
 
 class Retraining(BaseModel):

@@ -26,17 +26,17 @@ from flows.fields import CohortName
 from flows.pages import publish_night
 from flows.session import Session, open_session
 from vnet_core.errors import ConfigError, VnetError
-from workers.decisions import LONGEST_NAME, LONGEST_NOTE, Choice, Decision, checked, decisions, latest, record
-from workers.delivery import follow_up
-from workers.flag_words import FLAGS, flags_of
+from workers.delivery.handing import follow_up
 from workers.harmless import one_line
 from workers.markdown import code, picture, table, text
-from workers.masks import load_report
-from workers.models import load_model
-from workers.nights import Night, load_night
-from workers.report import night_ids, read_rows
-from workers.store import Root
-from workers.story import NOTICE, millilitres
+from workers.nights.decisions import LONGEST_NAME, LONGEST_NOTE, Choice, Decision, checked, decisions, latest, record
+from workers.nights.record import Night, load_night
+from workers.registry.models import load_model
+from workers.reports.flag_words import FLAGS, flags_of
+from workers.reports.report import night_ids, read_rows
+from workers.reports.story import NOTICE, millilitres
+from workers.segmentation.masks import load_report
+from workers.storage.store import Root
 
 MOST_CASES = 20
 """Most cases that one form asks about; the others follow when it is answered."""

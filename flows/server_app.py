@@ -13,7 +13,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from flows.prefect_settings import HOST
-from workers.modes import for_the_owner_alone
+from workers.storage.modes import for_the_owner_alone
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

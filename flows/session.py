@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from workers.identity import hush_readers, keep_identity
-from workers.modes import for_the_owner_alone
-from workers.site import Site, load_site
-from workers.store import Root
+from workers.settings.site import Site, load_site
+from workers.storage.modes import for_the_owner_alone
+from workers.storage.store import Root
 
 ROOT_VARIABLE = "VNET_ROOT"
 SITE_VARIABLE = "VNET_SITE"

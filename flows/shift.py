@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 from flows.session import Session
 from flows.stages import Crew
 from flows.tasks import preprocess_batch, segment_batch, unsearched
-from workers.attempts import Failure, quarantine_outcome, quarantined
 from workers.cohort import Case, volume_key
 from workers.failpoints import fail_point
-from workers.forecast import ORDER, Cost, Kind, kind_of, recorded_cost
 from workers.leases import Run
 from workers.ledger import Outcome
-from workers.models import Model
-from workers.nights import Stopped
-from workers.pauses import is_paused
-from workers.rules import NightRules, stop_time
-from workers.segment import STAGE, Job, key_of
+from workers.nights.attempts import Failure, quarantine_outcome, quarantined
+from workers.nights.forecast import ORDER, Cost, Kind, kind_of, recorded_cost
+from workers.nights.pauses import is_paused
+from workers.nights.record import Stopped
+from workers.registry.models import Model
+from workers.segmentation.segment import STAGE, Job, key_of
+from workers.settings.rules import NightRules, stop_time
 
 if TYPE_CHECKING:
     from prefect.futures import PrefectFuture

@@ -10,13 +10,13 @@ from types import TracebackType
 from flows.session import Session
 from flows.tasks import Progress, batches, preprocess_batch, segment_batch, unsearched
 from vnet_core.plan import Plan
-from workers.clusters import ray_session
 from workers.cohort import Case, Entry, volume_key
-from workers.dask_engine import dask_executor
+from workers.engines.clusters import ray_session
+from workers.engines.dask_engine import dask_executor
 from workers.ledger import Outcome
-from workers.models import Model
-from workers.pool import SegmentPool
-from workers.segment import STAGE, Job, key_of
+from workers.registry.models import Model
+from workers.segmentation.pool import SegmentPool
+from workers.segmentation.segment import STAGE, Job, key_of
 
 
 def usable(entries: Sequence[Entry]) -> list[Case]:

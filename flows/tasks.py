@@ -18,15 +18,15 @@ from flows.artifacts import artifact_key
 from flows.pages import publish_night
 from vnet_core.plan import Plan
 from workers import preprocess as preprocess_stage
-from workers.clusters import processors
 from workers.cohort import Case, Cohort, Entry, load_cohort
+from workers.engines.clusters import processors
 from workers.ingest import Names, ingest
 from workers.ledger import Outcome, counts, nameless
-from workers.nights import Night
-from workers.pool import SegmentPool
-from workers.report import write_night
-from workers.segment import Job
-from workers.store import Root
+from workers.nights.record import Night
+from workers.reports.report import write_night
+from workers.segmentation.pool import SegmentPool
+from workers.segmentation.segment import Job
+from workers.storage.store import Root
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ from zoneinfo import ZoneInfo
 
 from vnet_core.errors import ConfigError
 from workers.leases import is_alive
-from workers.nights import Night, load_night, night_id, records
-from workers.site import Nightly
-from workers.store import Root
+from workers.nights.record import Night, load_night, night_id, records
+from workers.settings.site import Nightly
+from workers.storage.store import Root
 
 WINDOWS = (timedelta(hours=2), timedelta(days=1), timedelta(days=8), timedelta(days=32), timedelta(days=1500))
 """Looked through for the last moment, each only when the one before holds none: of a crowded schedule Prefect gives the

@@ -20,15 +20,15 @@ from flows.plans import PlanSource, make_plan
 from flows.session import open_session
 from flows.stages import preprocess_cases, usable
 from flows.tasks import Progress
-from workers import train as train_stage
-from workers.clusters import Engines, ray_session
 from workers.cohort import load_cohort, load_entries
+from workers.engines.clusters import Engines, ray_session
 from workers.harmless import one_line
-from workers.models import Model
-from workers.store import Root
-from workers.train import Training, Watch
-from workers.training_run import Budget, Run, TrainingProgress
-from workers.validations import Validation
+from workers.registry.models import Model
+from workers.storage.store import Root
+from workers.training import train as train_stage
+from workers.training.run import Budget, Run, TrainingProgress
+from workers.training.train import Training, Watch
+from workers.training.validations import Validation
 
 ModelName = Annotated[str, Field(min_length=1)]
 

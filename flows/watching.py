@@ -12,10 +12,10 @@ from uuid import uuid4
 
 from flows.starting import start_night
 from vnet_core.errors import VnetError
-from workers.arrivals import Debounce, snapshot
 from workers.cohort import load_cohort
-from workers.site import Nightly
-from workers.store import Root
+from workers.settings.site import Nightly
+from workers.sources.arrivals import Debounce, snapshot
+from workers.storage.store import Root
 
 LOOKS = 6
 """How often a cohort's sources are looked at within its ``watch_quiet_s``."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from workers.store import Root
+from workers.storage.store import Root
 
 
 def file_of(root: Root, key: str) -> Path:

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from tests.walkthrough import REPOSITORY
 from vnet_core.plan import Plan
 from vnet_core.reporting import Reporting
-from workers.site import Nightly, Site
+from workers.settings.site import Nightly, Site
 
 PAGES = {"docs/plans.md": Plan, "docs/sites.md": Site, "docs/quality.md": Reporting}
 _TABLE = re.compile(r"<!-- keys -->\n.*?<!-- end of keys -->\n", re.DOTALL)

@@ -20,7 +20,7 @@ import botocore.exceptions
 import pytest
 from botocore.config import Config
 
-from workers import buckets
+from workers.storage import buckets
 
 WRITER = ("vnet-test-writer", "a-secret-that-no-log-may-hold")
 READER = ("vnet-test-reader", "another-secret-that-no-log-may-hold")

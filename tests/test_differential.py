@@ -25,7 +25,7 @@ from tests.bad_inputs.dicom import mirrored, rescaled, rescaled_truth  # noqa: E
 from tests.bad_inputs.inputs import OBLIQUE, Truth, grid, random  # noqa: E402
 from vnet_core.geometry import Geometry, matrix_of, same_grid  # noqa: E402
 from vnet_core.volume import Volume, canonical  # noqa: E402
-from workers.scans import read_label, read_volume  # noqa: E402
+from workers.sources.scans import read_label, read_volume  # noqa: E402
 
 PLACE_TOLERANCE_MM = 2e-3
 """NIfTI and dcm2niix keep places as float32."""

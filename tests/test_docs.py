@@ -8,7 +8,7 @@ from tests.keys import PAGES as PAGES_WITH_KEYS
 from tests.keys import with_table
 from tests.walkthrough import REPOSITORY, fences
 from vnet_core.plan import Plan
-from workers.site import Site
+from workers.settings.site import Site
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 LABELS = [{"value": 1, "name": "organ"}]

@@ -26,14 +26,14 @@ from vnet_core.phantoms import PhantomSpec, phantom
 from vnet_core.plan import Label, Plan
 from vnet_core.planning import Machine, derive_plan
 from vnet_core.volume import Volume
-from workers.annotations import COLUMNS, UNDECIDED, Gate, label_spheres
 from workers.cohort import Entry, load_entries, volume_key
-from workers.datasets import CATALOGUE
 from workers.ingest import Names, ingest
-from workers.patches import Share, TrainingVolume, batch_of, load_volume
 from workers.preprocess import preprocess_case
-from workers.scans import write_label, write_volume
-from workers.store import Root
+from workers.sources.annotations import COLUMNS, UNDECIDED, Gate, label_spheres
+from workers.sources.datasets import CATALOGUE
+from workers.sources.scans import write_label, write_volume
+from workers.storage.store import Root
+from workers.training.patches import Share, TrainingVolume, batch_of, load_volume
 
 EXAMPLES = REPOSITORY / "examples"
 CASES = 2

@@ -60,7 +60,14 @@ IMPURE = {
 }  # fmt: skip
 """What vnet_core does without: engines, files, network, environment, clock, global randomness, threads."""
 
-STAGES = ("ingest", "preprocess", "train", "segment", "report", "evaluate")
+ORDER = (
+    "harmless", "markdown", "failpoints", "outputs", "storage", "identity", "ledger", "beside", "leases", "formats",
+    "dicom", "sources", "cohort", "registry", "engines", "segmentation", "training", "nights", "reports", "settings",
+    "care", "delivery", "ingest", "preprocess", "evaluate",
+)  # fmt: skip
+"""Folders and modules of workers; each imports only itself and those before it here."""
+
+STAGES = ("ingest", "preprocess", "training.train", "segmentation.segment", "reports.report", "evaluate")
 
 
 @cache
@@ -129,7 +136,7 @@ if TYPE_CHECKING:
     from torch import nn
 """
     assert set(imports(ast.parse(source))) == {"a.b", "vnet_core.geometry", "vnet_core.errors", "ray", "os", "torch"}
-    assert {"vnet_core.errors", "workers.store", "flows.cli", "vnet_core.networks.vnet"} <= set(modules())
+    assert {"vnet_core.errors", "workers.storage.store", "flows.cli", "vnet_core.networks.vnet"} <= set(modules())
 
 
 def test_what_is_imported_of_ours_exists():
@@ -195,6 +202,14 @@ def test_no_module_imports_itself_by_any_way():
 # --- workers and flows
 
 
+@pytest.mark.parametrize("module", [name for name in of("workers") if name != "workers"])
+def test_a_folder_of_workers_imports_only_those_before_it(module):
+    place = ORDER.index(module.split(".")[1])
+    for target in imported(module):
+        if within(target, "workers") and target != "workers":
+            assert ORDER.index(target.split(".")[1]) <= place, f"{module} imports {target}"
+
+
 def test_workers_know_neither_prefect_nor_flows():
     for module in of("workers"):
         assert module not in importers("prefect")
@@ -208,28 +223,28 @@ def test_prefect_is_in_flows_alone():
 
 def test_zarr_is_in_two_modules():
     """Our own arrays, and foreign OME-Zarr scans."""
-    assert importers("zarr") | importers("fsspec") == {"workers.arrays", "workers.formats.ome_zarr"}
+    assert importers("zarr") | importers("fsspec") == {"workers.storage.arrays", "workers.formats.ome_zarr"}
 
 
 def test_dask_is_in_one_module():
-    assert importers("dask") | importers("distributed") == {"workers.dask_engine"}
+    assert importers("dask") | importers("distributed") == {"workers.engines.dask_engine"}
 
 
 def test_ray_is_in_few_modules():
     allowed = {
-        "workers.actors",
-        "workers.clusters",
-        "workers.ray_watch",
-        "workers.train",
-        "workers.training_losses",
-        "workers.training_seats",
-        "workers.validating",
+        "workers.segmentation.actors",
+        "workers.engines.clusters",
+        "workers.engines.ray_watch",
+        "workers.training.train",
+        "workers.training.losses",
+        "workers.training.seats",
+        "workers.training.validating",
     }
     assert importers("ray") == allowed
 
 
 def test_scan_files_are_read_in_one_place():
-    readers = ("workers.scans", "workers.formats", "workers.dicom")
+    readers = ("workers.sources.scans", "workers.formats", "workers.dicom")
     for package in ("SimpleITK", "pydicom", "highdicom", "workers.formats"):
         outside = {m for m in importers(package) if not within(m, "vnet_core")}
         assert all(any(within(m, reader) for reader in readers) for m in outside), package
@@ -317,10 +332,10 @@ def test_importing_our_modules_changes_nothing_but_their_being_imported():
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("workers.store", ["torch", "ray", "dask", "distributed", "prefect", "zarr", "SimpleITK", "numpy"]),
+        ("workers.storage.store", ["torch", "ray", "dask", "distributed", "prefect", "zarr", "SimpleITK", "numpy"]),
         ("vnet_core.preprocess", ["ray", "dask", "distributed", "prefect", "zarr", "matplotlib"]),
-        ("workers.clusters", ["torch", "ray", "dask", "distributed", "prefect"]),
-        ("workers.dask_engine", ["torch", "ray", "dask", "distributed", "prefect"]),
+        ("workers.engines.clusters", ["torch", "ray", "dask", "distributed", "prefect"]),
+        ("workers.engines.dask_engine", ["torch", "ray", "dask", "distributed", "prefect"]),
         ("flows.cohorts", ["torch", "ray", "dask", "distributed", "SimpleITK"]),
         ("flows.cli", ["torch", "ray", "dask", "distributed", "prefect", "zarr"]),
     ],

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from workers.datasets import Remote
+from workers.sources.datasets import Remote
 
 
 @dataclass

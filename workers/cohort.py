@@ -18,13 +18,13 @@ from vnet_core.geometry import Geometry
 from vnet_core.plan import Label, Plan, digest_of
 from vnet_core.sections import ReadingPlan
 from vnet_core.volume import Scan, Volume
-from workers.found import NotChosen
 from workers.identity import NAME, get_private, private_root, put_private
 from workers.identity import safe_id as safe_id
 from workers.ledger import State
-from workers.reading import read_label_scan_apart, read_scan_apart
-from workers.scans import is_scan, source_files
-from workers.store import Root, file_digest
+from workers.sources.found import NotChosen
+from workers.sources.reading import read_label_scan_apart, read_scan_apart
+from workers.sources.scans import is_scan, source_files
+from workers.storage.store import Root, file_digest
 
 
 @dataclass(frozen=True, slots=True)

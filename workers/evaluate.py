@@ -20,7 +20,7 @@ from vnet_core.metrics import FIGURES, Structure, score_labels, structures, surf
 from vnet_core.plan import Label, Region
 from vnet_core.statistics import CONFIDENCE, RESAMPLES, summarise
 from workers.ledger import Outcome, State, settle
-from workers.scans import case_stem, is_scan, read_label
+from workers.sources.scans import case_stem, is_scan, read_label
 
 STAGE = "evaluate"
 

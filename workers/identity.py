@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vnet_core.errors import ConfigError, StorageError
-from workers.store import Root
+from workers.storage.store import Root
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """Names of cohorts, cases and models: they become folders and artifact keys."""

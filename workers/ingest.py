@@ -15,7 +15,6 @@ from vnet_core.geometry import check_label_grid
 from vnet_core.plan import Label
 from vnet_core.sections import ReadingPlan
 from vnet_core.volume import Scan, Volume
-from workers.archives import PREFIX, archive_stem, is_archive, unpacked
 from workers.cohort import (
     Case,
     Cohort,
@@ -35,12 +34,13 @@ from workers.cohort import (
     source_stamp,
     unnamed,
 )
-from workers.discover import checked, discover
-from workers.found import Discovery, Found
 from workers.identity import Pseudonyms, private_root
 from workers.ledger import Outcome, settle
-from workers.mirrors import is_remote, mirrored
-from workers.store import Root
+from workers.sources.archives import PREFIX, archive_stem, is_archive, unpacked
+from workers.sources.discover import checked, discover
+from workers.sources.found import Discovery, Found
+from workers.sources.mirrors import is_remote, mirrored
+from workers.storage.store import Root
 
 TWICE = "cohort.duplicate-case"
 UNUSABLE = "label.unusable"

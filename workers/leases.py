@@ -23,7 +23,7 @@ import psutil
 from vnet_core.errors import StorageError
 from vnet_core.plan import digest_of
 from workers.beside import repeating
-from workers.store import Root, raise_if_silent
+from workers.storage.store import Root, raise_if_silent
 
 BEAT_S = 10.0
 """A live run writes its object this often."""

@@ -145,7 +145,7 @@ def memory_refused(error: BaseException) -> bool:
 
 
 def kind_and_place(error: Exception) -> str:
-    """Kind and place of an error: ``PermissionError (Permission denied) at workers.scans:61 < workers.cohort:170``."""
+    """Kind and place: ``PermissionError (Permission denied) at workers.sources.scans:61 < workers.cohort:170``."""
     # the system's own words for the number; the error's text goes on with the file's name
     number = error.errno if isinstance(error, OSError) else None
     why = f" ({os.strerror(number)})" if number is not None else ""

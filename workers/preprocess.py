@@ -11,13 +11,13 @@ from vnet_core import geometry as geo
 from vnet_core.drift import Sample, profile
 from vnet_core.errors import ScanError
 from vnet_core.plan import Plan
-from workers.arrays import InSlabs, write_in_slabs
 from workers.cohort import Case, read_channels, scan_label, source_digest, volume_key
+from workers.engines.tries import Tries, Work
 from workers.failpoints import fail_point
 from workers.ledger import Costs, Outcome, State, settle
-from workers.modes import for_the_owner_alone
-from workers.store import Root
-from workers.tries import Tries, Work
+from workers.storage.arrays import InSlabs, write_in_slabs
+from workers.storage.modes import for_the_owner_alone
+from workers.storage.store import Root
 
 STAGE = "preprocess"
 
@@ -33,8 +33,8 @@ def preprocess(
     """One finished volume per case under :func:`workers.cohort.volume_key`; what is finished is not done again.
 
     The executor's workers may be on other machines; only URLs, cases and the plan travel to them. What a dead worker
-    had in hand is tried again as :mod:`workers.tries` says. As soon as ``may_go_on`` is false after a case, nothing
-    more is waited for, and the cases without an outcome are left. EngineError where the engine cannot go on.
+    had in hand is tried again as :mod:`workers.engines.tries` says. As soon as ``may_go_on`` is false after a case,
+    nothing more is waited for, and the cases without an outcome are left. EngineError where the engine cannot go on.
     """
     outcomes: list[Outcome] = []
 

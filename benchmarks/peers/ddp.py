@@ -22,8 +22,8 @@ from vnet_core.inference import precision
 from vnet_core.losses import build_loss
 from vnet_core.networks.vnet import build_vnet, initialise
 from vnet_core.plan import Plan
-from workers.patches import BatchLoader, Share, load_volume
-from workers.store import Root
+from workers.storage.store import Root
+from workers.training.patches import BatchLoader, Share, load_volume
 
 
 def main(root_url: str, prefix: str) -> None:

@@ -17,9 +17,9 @@ from flows.session import ROOT_VARIABLE, SITE_VARIABLE, open_session, utc_now
 from vnet_core.errors import EngineError
 
 if TYPE_CHECKING:
-    from workers.doctor import Check
-    from workers.retention import Spare
-    from workers.sealed import Checkup, Finding
+    from workers.care.doctor import Check
+    from workers.care.retention import Spare
+    from workers.care.sealed import Checkup, Finding
 
 SHOWN = 20
 """Keys of a kind that ``gc`` names on a terminal; the JSON document names all."""
@@ -40,9 +40,9 @@ def _fsck_arguments(parser: ArgumentParser) -> None:
 
 def fsck(options: Namespace) -> Result:
     """``vnet fsck``: exit code 3 when something is wrong and was not repaired."""
+    from workers.care.fsck import fsck as check
+    from workers.care.fsck import repair
     from workers.cohort import load_cohort
-    from workers.fsck import fsck as check
-    from workers.fsck import repair
 
     session = open_session()
     if options.cohort:
@@ -114,8 +114,8 @@ def _at_least_one(text: str) -> float:
 
 def gc(options: Namespace) -> Result:
     """``vnet gc``."""
-    from workers.retention import collect, spares
-    from workers.retention_rules import Retention
+    from workers.care.retention import collect, spares
+    from workers.settings.retention_rules import Retention
 
     session = open_session()
     given = {name: value for name in Retention.model_fields if (value := getattr(options, name)) is not None}
@@ -190,8 +190,8 @@ GC = Command("gc", "remove by rules what nothing refers to any more", "root", _g
 def doctor(options: Namespace) -> Result:
     """``vnet doctor``: exit code 3 when something is bad. It opens root and site itself, since they may be at fault."""
     from flows.prefect_settings import prefect_environment
-    from workers.site import Site
-    from workers.store import Root
+    from workers.settings.site import Site
+    from workers.storage.store import Root
 
     site_file = options.site or os.environ.get(SITE_VARIABLE) or None
     root_url = options.root or os.environ.get(ROOT_VARIABLE) or None
@@ -240,7 +240,7 @@ def metrics(options: Namespace) -> Result:
     """``vnet metrics``."""
     from prometheus_client import start_http_server
 
-    from workers.metrics_text import metrics_text, registry
+    from workers.reports.metrics_text import metrics_text, registry
 
     root = open_session().root
     if options.port is None:

@@ -17,10 +17,10 @@ from flows.commands.tables import case_row, summary, text_table, undone
 from flows.session import open_session
 from vnet_core.errors import ConfigError
 from vnet_core.plan import Label, Plan
-from workers.clusters import processors
+from workers.engines.clusters import processors
 from workers.ledger import Outcome
-from workers.mirrors import is_remote
-from workers.store import Root
+from workers.sources.mirrors import is_remote
+from workers.storage.store import Root
 
 if TYPE_CHECKING:
     from workers.cohort import Cohort
@@ -35,9 +35,9 @@ def _fetch_arguments(parser: ArgumentParser) -> None:
 
 def fetch(options: Namespace) -> Result:
     """``vnet fetch``: one data set, or without a name the list of them."""
-    from workers.datasets import CATALOGUE
-    from workers.fetch import dataset
-    from workers.fetch import fetch as run
+    from workers.sources.datasets import CATALOGUE
+    from workers.sources.fetch import dataset
+    from workers.sources.fetch import fetch as run
 
     if not options.name:
         rows = [{"name": n, "what": d.title, "licence": d.licence} for n, d in CATALOGUE.items()]
@@ -100,7 +100,7 @@ def _label_arguments(parser: ArgumentParser) -> None:
 
 def label(options: Namespace) -> Result:
     """``vnet label spheres``."""
-    from workers.annotations import Gate, label_spheres
+    from workers.sources.annotations import Gate, label_spheres
 
     sources = [str(Path(source).expanduser()) for source in options.sources]
     gate = Gate(options.hu_min, options.inside)

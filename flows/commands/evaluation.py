@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flows.commands.command import Command, Result
 from flows.commands.tables import case_row, text_table, undone
 from vnet_core.errors import ConfigError
-from workers.clusters import processors
+from workers.engines.clusters import processors
 
 if TYPE_CHECKING:
     from vnet_core.metrics import Structure
@@ -40,7 +40,7 @@ def evaluate(options: Namespace) -> Result:
     from workers.evaluate import OUTPUTS, columns, masks_in, patients_in, summary, to_parquet
     from workers.evaluate import evaluate as run
     from workers.outputs import output_folder, write_output
-    from workers.report import to_csv
+    from workers.reports.report import to_csv
 
     output: Path | None = options.output
     if output and output.suffix.lower() not in OUTPUTS:

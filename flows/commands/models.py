@@ -14,7 +14,7 @@ from flows.commands.tables import text_table
 from flows.session import open_session
 from vnet_core.errors import ConfigError, StorageError
 from workers.harmless import one_line, printable
-from workers.store import Root
+from workers.storage.store import Root
 
 LIST_COLUMNS = ("model", "alias", "labels", "networks", "steps", "validation_dice", "note")
 CHANGE_COLUMNS = ("at", "action", "version", "before", "by", "why")
@@ -49,8 +49,8 @@ def _list(options: Namespace) -> Result:
 
 def _versions(root: Root, name: str) -> list[dict[str, Any]]:
     """One row per version, and one per alias whose version is not there."""
-    from workers.models import load_model
-    from workers.registry import aliases, versions
+    from workers.registry.aliases import aliases, versions
+    from workers.registry.models import load_model
 
     finished, named = versions(root, name), aliases(root, name)
     rows = []
@@ -80,7 +80,7 @@ def _held(named: dict[str, str], version: str) -> str:
 
 
 def _show(options: Namespace) -> Result:
-    from workers.models import load_model
+    from workers.registry.models import load_model
 
     root = open_session().root
     model = load_model(root, _reference(options))
@@ -91,7 +91,7 @@ def _show(options: Namespace) -> Result:
 
 
 def _card(options: Namespace) -> Result:
-    from workers.models import card_of, load_model
+    from workers.registry.models import card_of, load_model
 
     root = open_session().root
     model = load_model(root, _reference(options))
@@ -100,7 +100,7 @@ def _card(options: Namespace) -> Result:
 
 
 def _history(options: Namespace) -> Result:
-    from workers.registry import history, resolve
+    from workers.registry.aliases import history, resolve
 
     root = open_session().root
     name, _ = resolve(root, f"{_name(options)}@latest")
@@ -120,7 +120,7 @@ def _describe(options: Namespace) -> Result:
 
 
 def _promote(options: Namespace) -> Result:
-    from workers.registry import promote
+    from workers.registry.aliases import promote
 
     root = open_session().root
     change = promote(root, _name(options), _version(options), person(options), options.why)
@@ -128,7 +128,7 @@ def _promote(options: Namespace) -> Result:
 
 
 def _challenge(options: Namespace) -> Result:
-    from workers.registry import challenge
+    from workers.registry.aliases import challenge
 
     root = open_session().root
     change = challenge(root, _name(options), _version(options), person(options), options.why)
@@ -136,7 +136,7 @@ def _challenge(options: Namespace) -> Result:
 
 
 def _withdraw(options: Namespace) -> Result:
-    from workers.registry import withdraw
+    from workers.registry.aliases import withdraw
 
     root = open_session().root
     change = withdraw(root, _name(options), person(options), options.why)
@@ -144,7 +144,7 @@ def _withdraw(options: Namespace) -> Result:
 
 
 def _rollback(options: Namespace) -> Result:
-    from workers.registry import rollback
+    from workers.registry.aliases import rollback
 
     root = open_session().root
     version = rollback(root, _name(options), person(options), options.why)
@@ -152,7 +152,7 @@ def _rollback(options: Namespace) -> Result:
 
 
 def _changed(root: Root, name: str, text: str) -> Result:
-    from workers.registry import aliases
+    from workers.registry.aliases import aliases
 
     return Result(one_line(text), [], {"model": name, "aliases": aliases(root, name)})
 

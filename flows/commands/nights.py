@@ -24,7 +24,7 @@ def _serve_arguments(parser: ArgumentParser) -> None:
 def serve(options: Namespace) -> Result:
     """``vnet serve``: runs until it is interrupted."""
     from flows.deployments import serve as run
-    from workers.site import Nightly
+    from workers.settings.site import Nightly
 
     if options.cohort and not options.model:
         raise ConfigError(

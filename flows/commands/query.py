@@ -15,8 +15,8 @@ from vnet_core.reporting import FLAGS
 from workers.ledger import State
 
 if TYPE_CHECKING:
-    from workers.answers import FileFormat
-    from workers.query import Answer
+    from workers.reports.answers import FileFormat
+    from workers.reports.query import Answer
 
 SHOWN = ("night", "cohort", "case", "state", "name", "volume_ml", "change_percent", "flags", "codes")
 """Columns of the table on a terminal; a file has all of them."""
@@ -70,9 +70,9 @@ def _several(group: _ArgumentGroup, what: str, metavar: str, text: str, choices:
 
 def query(options: Namespace) -> Result:
     """``vnet query``."""
-    from workers.query import Query, describe
-    from workers.query import query as run
-    from workers.questions import load_question, question_names, save_question
+    from workers.reports.query import Query, describe
+    from workers.reports.query import query as run
+    from workers.reports.questions import load_question, question_names, save_question
 
     root = open_session().root
     if options.questions:
@@ -89,7 +89,7 @@ def query(options: Namespace) -> Result:
 
 def _given(options: Namespace) -> dict[str, Any]:
     """The fields of the question that the command line names."""
-    from workers.query import Query
+    from workers.reports.query import Query
 
     names = (name for name in Query.__slots__ if getattr(options, name) not in (None, []))
     found = {name: getattr(options, name) for name in names}
@@ -110,8 +110,8 @@ def _format(options: Namespace) -> FileFormat | None:
 
 
 def _result(options: Namespace, file_format: FileFormat | None, answer: Answer, columns: tuple[str, ...]) -> Result:
-    from workers.answers import encode
     from workers.outputs import write_output
+    from workers.reports.answers import encode
 
     number = len(answer.rows)
     if file_format is None:

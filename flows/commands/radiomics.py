@@ -33,7 +33,7 @@ def _arguments(parser: ArgumentParser) -> None:
 def radiomics(options: Namespace) -> Result:
     """``vnet radiomics``."""
     from workers.outputs import output_folder, write_output
-    from workers.radiomics import OUTPUTS, USUAL_LEVELS, GreyLevels, Wanted, radiomics_of_night, table
+    from workers.reports.radiomics import OUTPUTS, USUAL_LEVELS, GreyLevels, Wanted, radiomics_of_night, table
 
     output: Path | None = options.output
     suffix = output.suffix.lower() if output else ""

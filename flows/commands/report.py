@@ -30,7 +30,7 @@ def _report_arguments(parser: ArgumentParser) -> None:
 def report(options: Namespace) -> Result:
     """``vnet report``."""
     from flows.reporting import report_night_anew
-    from workers.report import check_settings, reported_night, save_reporting
+    from workers.reports.report import check_settings, reported_night, save_reporting
 
     root = open_session().root
     night = reported_night(root, options.cohort, options.night)

@@ -25,8 +25,8 @@ def _arguments(parser: ArgumentParser) -> None:
 def retrain(options: Namespace) -> Result:
     """``vnet retrain``."""
     from flows.retraining import Retraining, retrain_model
-    from workers.models import load_model
-    from workers.registry import aliases
+    from workers.registry.aliases import aliases
+    from workers.registry.models import load_model
 
     root = open_session().root
     budget = {name: getattr(options, name) for name in ("steps", "minutes") if getattr(options, name) is not None}

@@ -9,7 +9,7 @@ from flows.commands.command import Command, Result
 from flows.commands.tables import text_table
 from flows.session import Session, open_session
 from vnet_core.errors import ConfigError
-from workers.decisions import Choice
+from workers.nights.decisions import Choice
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def _check(options: Namespace) -> None:
 
 def _list(session: Session, cohort: str) -> Result:
     from flows.review import newest_rows
-    from workers.corrections import training_manifest, wanted
+    from workers.delivery.corrections import training_manifest, wanted
 
     night, rows = newest_rows(session.root, cohort)
     waiting: dict[str, dict[str, Any]] = {}
@@ -99,9 +99,9 @@ _COLUMNS = ("case", "review", "flags", "reviewed_by", "reviewed_at")
 
 def _decide(session: Session, options: Namespace) -> Result:
     from flows.review import mirrorable, newest_rows, result_of
-    from workers.corrections import confirm, correct, training_manifest
-    from workers.decisions import Decision, checked, record
-    from workers.delivery import follow_up
+    from workers.delivery.corrections import confirm, correct, training_manifest
+    from workers.delivery.handing import follow_up
+    from workers.nights.decisions import Decision, checked, record
 
     root, cohort, case = session.root, options.cohort, options.case
     night, rows = newest_rows(root, cohort)

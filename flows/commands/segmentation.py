@@ -20,8 +20,8 @@ from vnet_core.errors import ConfigError
 from vnet_core.plan import config_error
 from workers.identity import Pseudonyms
 from workers.outputs import output_folder, unwritable
-from workers.rules import DEFAULT_RULES, NightRules
-from workers.store import Root
+from workers.settings.rules import DEFAULT_RULES, NightRules
+from workers.storage.store import Root
 
 FORMATS = ("nifti", "mha", "nrrd", "ome-zarr", "dicom-seg", "rtstruct")
 """Formats of masks, by the names that ``--format`` takes."""
@@ -41,7 +41,7 @@ def segment(options: Namespace) -> Result:
     """``vnet segment``."""
     from flows.cohorts import segment_cohort
     from workers.ingest import Names
-    from workers.models import load_model
+    from workers.registry.models import load_model
 
     session = open_session()
     if bool(options.sources) == bool(options.cohort):
@@ -119,10 +119,10 @@ def night_result(session: Session, data: Mapping[str, Any], output: str | None) 
 
     A mask that waits for a decision or was rejected is not handed out.
     """
-    from workers.decisions import published
-    from workers.masks import mask_file
-    from workers.nights import load_night
-    from workers.report import read_rows
+    from workers.nights.decisions import published
+    from workers.nights.record import load_night
+    from workers.reports.report import read_rows
+    from workers.segmentation.masks import mask_file
 
     root, cohort = session.root, data["cohort"]
     rows = [row for row in read_rows(root, cohort, data["night"]) if row["result"]]

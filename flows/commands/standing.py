@@ -21,7 +21,7 @@ def _pause_arguments(parser: ArgumentParser) -> None:
 
 def pause(options: Namespace) -> Result:
     """``vnet pause``."""
-    from workers import pauses
+    from workers.nights import pauses
 
     pauses.pause(open_session().root, options.cohort, person(options))
     return Result(
@@ -32,7 +32,7 @@ def pause(options: Namespace) -> Result:
 
 def resume(options: Namespace) -> Result:
     """``vnet resume``."""
-    from workers import pauses
+    from workers.nights import pauses
 
     pauses.resume(open_session().root, options.cohort)
     return Result(f"nights of cohort {options.cohort} go on")
@@ -50,8 +50,8 @@ def _quarantine_arguments(parser: ArgumentParser) -> None:
 
 def quarantine(options: Namespace) -> Result:
     """``vnet quarantine``."""
-    from workers import attempts
     from workers.cohort import load_cohort
+    from workers.nights import attempts
 
     root = open_session().root
     load_cohort(root, options.cohort)

@@ -84,7 +84,7 @@ def _train_arguments(parser: ArgumentParser) -> None:
 def train(options: Namespace) -> Result:
     """``vnet train``."""
     from flows.training import TrainingSettings, train_model
-    from workers.models import load_model
+    from workers.registry.models import load_model
 
     session = open_session()
     if options.minutes == 0:

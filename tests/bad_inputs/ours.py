@@ -15,8 +15,8 @@ from vnet_core.errors import ConfigError
 from vnet_core.geometry import same_grid, to_canonical
 from workers.cohort import Case, load_entry
 from workers.ingest import Names, ingest
-from workers.scans import read_volume
-from workers.store import Root
+from workers.sources.scans import read_volume
+from workers.storage.store import Root
 
 COHORT = "inputs"
 PLACE_TOLERANCE_MM = 1e-3

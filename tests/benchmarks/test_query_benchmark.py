@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("pandas", reason="pandas is a dependency of the benchmark only")
 
 from benchmarks.query import ARMS, ASKED, COHORT, main, make_root, measure_here
-from workers.query import query
-from workers.store import Root
+from workers.reports.query import query
+from workers.storage.store import Root
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 from benchmarks import verdicts
 from vnet_core.geometry import CANONICAL_DIRECTION, Geometry
 from vnet_core.volume import Volume
-from workers.scans import write_volume
+from workers.sources.scans import write_volume
 
 
 def test_every_scan_is_a_row_with_its_grid_or_its_reason(tmp_path: Path, monkeypatch) -> None:

@@ -13,9 +13,9 @@ from flows.server import ServerProcess, start_server
 from tests.flows.command import Command, receipts
 from tests.flows.standing import standing_engines
 from tests.workers.tiny_cohort import publish_model, take_in, write_scan
-from workers.nights import records
-from workers.report import read_rows
-from workers.store import Root
+from workers.nights.record import records
+from workers.reports.report import read_rows
+from workers.storage.store import Root
 
 TINY_CASES = 8
 

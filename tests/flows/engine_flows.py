@@ -7,8 +7,8 @@ from pathlib import Path
 
 from prefect import flow
 
-from workers.clusters import ray_session
-from workers.dask_engine import dask_executor
+from workers.engines.clusters import ray_session
+from workers.engines.dask_engine import dask_executor
 
 
 @flow(name="engines")

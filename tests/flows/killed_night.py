@@ -22,9 +22,9 @@ def main(folder: Path, started: datetime) -> None:
     from tests.flows.nights_of_a_month import COHORT
     from tests.workers.tiny_cohort import MODEL
     from workers.ledger import Outcome
-    from workers.rules import NightRules
-    from workers.site import Site
-    from workers.store import Root
+    from workers.settings.rules import NightRules
+    from workers.settings.site import Site
+    from workers.storage.store import Root
 
     published: list[str] = []
 

@@ -25,11 +25,11 @@ from flows.prefect_settings import prefect_environment
 from flows.server import local_api
 from tests.files import file_of
 from tests.workers.tiny_cohort import MODEL, publish_model, take_in, write_scan
-from workers.clusters import ray_session
-from workers.report import read_rows
-from workers.rules import NightRules
-from workers.site import Site
-from workers.store import Root
+from workers.engines.clusters import ray_session
+from workers.reports.report import read_rows
+from workers.settings.rules import NightRules
+from workers.settings.site import Site
+from workers.storage.store import Root
 
 COHORT = "month"
 FIRST = datetime(2026, 1, 1, 1, 0, tzinfo=UTC)
@@ -150,7 +150,8 @@ def main(folder: Path) -> None:
 
 def one(month: Month, number: int) -> dict[str, object]:
     """One day and its night."""
-    from workers import attempts, registry
+    from workers.nights import attempts
+    from workers.registry import aliases as registry
 
     if number:
         month.day(number)

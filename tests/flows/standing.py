@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tests.walkthrough import REPOSITORY, environment
 from tests.workers.dask_processes import dask_processes
-from workers.clusters import processors
-from workers.modes import own_temporary_folder
+from workers.engines.clusters import processors
+from workers.storage.modes import own_temporary_folder
 
 TOKEN = "fedcba9876543210fedcba9876543210"
 HEAD = """

@@ -14,12 +14,12 @@ from flows.markdown import DAMAGED, NO_PICTURE, PICTURE_BYTES, PICTURES, REPORT_
 from flows.pages import MISSING, evidence, first_to_be_read, night_plots
 from tests.workers.night_of_phantoms import FIRST, SECOND, blank, labelled, new_root, night_of, segmented
 from vnet_core.phantoms import PhantomSpec
-from workers.columns import SCHEMA
-from workers.document import Code, Link, Picture, Strong, paragraph
-from workers.earlier import Before, Sums
-from workers.flag_words import FLAGS
-from workers.masks import NO_PICTURE as BURNT_IN
-from workers.story import NAMES, Evidence, by_case, cases_title, needs_a_look, overview, worst_first
+from workers.reports.columns import SCHEMA
+from workers.reports.document import Code, Link, Picture, Strong, paragraph
+from workers.reports.earlier import Before, Sums
+from workers.reports.flag_words import FLAGS
+from workers.reports.story import NAMES, Evidence, by_case, cases_title, needs_a_look, overview, worst_first
+from workers.segmentation.masks import NO_PICTURE as BURNT_IN
 
 TABLE = Link("volumes-liver", "/v2/artifacts/key/volumes-liver")
 

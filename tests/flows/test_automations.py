@@ -23,8 +23,8 @@ from flows.server import ORPHANED, ServerProcess, start_server
 from tests.flows.browser import call_api
 from tests.flows.test_server import environment, until
 from vnet_core.errors import ConfigError
-from workers.nights import Night
-from workers.site import Nightly
+from workers.nights.record import Night
+from workers.settings.site import Nightly
 
 LIVER = Nightly(cohort="liver", model="organs", success_by="06:00", most_failures=1)
 BRAIN = Nightly(cohort="brain", model="organs")
@@ -36,8 +36,8 @@ LIMIT_S = 120
 EMIT = """
 import json, sys
 from flows.events import emit_night_events
-from workers.nights import Night
-from workers.site import Nightly
+from workers.nights.record import Night
+from workers.settings.site import Nightly
 for cohort, night, failed in json.loads(sys.argv[1]):
     rule = Nightly(cohort=cohort, model="organs", most_failures=1)
     states = ["failed"] * failed + ["computed"] * (5 - failed)

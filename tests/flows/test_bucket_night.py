@@ -11,11 +11,11 @@ import pytest
 from tests.flows.command import COSTS
 from tests.object_store import ObjectStore
 from tests.workers.tiny_cohort import publish_model, take_in
-from workers.fsck import fsck
-from workers.query import Query, query
-from workers.retention import spares
-from workers.retention_rules import KEEP_EVERYTHING
-from workers.store import Root
+from workers.care.fsck import fsck
+from workers.care.retention import spares
+from workers.reports.query import Query, query
+from workers.settings.retention_rules import KEEP_EVERYTHING
+from workers.storage.store import Root
 
 pytestmark = pytest.mark.slow
 

@@ -38,7 +38,7 @@ from tests.pickles import pickles
 from tests.walkthrough import REPOSITORY, environment
 from vnet_core.geometry import Geometry
 from vnet_core.phantoms import PhantomSpec, phantom
-from workers.scans import write_volume
+from workers.sources.scans import write_volume
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -426,7 +426,7 @@ def test_nothing_that_opens_something_is_left_anywhere(stay: Stay) -> None:
 
 
 def test_no_process_shows_a_secret_in_its_command_line(stay: Stay) -> None:
-    for word in ("raylet", "gcs_server", "flows.server", "multiprocessing.spawn", "workers.reading"):
+    for word in ("raylet", "gcs_server", "flows.server", "multiprocessing.spawn", "workers.sources.reading"):
         assert any(word in line for line in stay.lines), word
     shown = {what for what, text in SECRETS.items() for line in stay.lines if text in line}
     assert shown == set()

@@ -23,10 +23,10 @@ from tests.files import file_of
 from tests.flows.browser import call_api
 from tests.walkthrough import REPOSITORY, environment, take_ctrl_c
 from tests.workers.small_root import COHORT, PLAN, add_night, age, case_of, small_root
+from workers.care.doctor import Check
 from workers.cohort import volume_key
-from workers.doctor import Check
 from workers.ledger import Outcome
-from workers.store import Root
+from workers.storage.store import Root
 
 STARTED = datetime.now(UTC).replace(microsecond=0) - timedelta(days=40)
 LAST = STARTED + timedelta(days=38)
@@ -213,8 +213,8 @@ import json, os, sys
 from datetime import datetime
 from pathlib import Path
 from flows import doctor
-from workers.site import load_site
-from workers.store import Root
+from workers.settings.site import load_site
+from workers.storage.store import Root
 
 def diagnose(root, site, now, url):
     root, site, now = Root(root), load_site(site), datetime.fromisoformat(now)

@@ -24,14 +24,14 @@ from vnet_core.geometry import Geometry
 from vnet_core.plan import Label, Plan
 from workers.cohort import Case, source_digest
 from workers.ledger import Outcome
-from workers.models import Model, Target, load_model, publish
-from workers.nights import Night
+from workers.nights.record import Night
+from workers.nights.shadows import SCHEMA, in_sample, pairs_of, shadows, standings
 from workers.preprocess import preprocess_case
-from workers.registry import challenge, promote, withdraw
-from workers.scans import write_label
-from workers.segment import Job, Segmenter, key_of
-from workers.shadows import SCHEMA, in_sample, pairs_of, shadows, standings
-from workers.store import Root
+from workers.registry.aliases import challenge, promote, withdraw
+from workers.registry.models import Model, Target, load_model, publish
+from workers.segmentation.segment import Job, Segmenter, key_of
+from workers.sources.scans import write_label
+from workers.storage.store import Root
 
 GRID = Geometry((10, 12, 14), (2.0, 1.0, 1.0), (0.0, 0.0, 0.0))
 PLAN = known_plan((2.0, 1.0, 1.0), crop=False)

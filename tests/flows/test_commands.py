@@ -27,7 +27,7 @@ from tests.walkthrough import REPOSITORY, environment
 from vnet_core.geometry import CANONICAL_DIRECTION, Geometry
 from vnet_core.phantoms import SAGITTAL_DIRECTION, PhantomSpec, oblique_direction, phantom
 from vnet_core.volume import Volume
-from workers.scans import read_volume, write_label, write_volume
+from workers.sources.scans import read_volume, write_label, write_volume
 
 SMALL = PhantomSpec(seed=5, shape=(20, 24, 28), spacing_mm=(3.0, 2.5, 2.0), body_mm=22.0)
 CASE_KEYS = {"case", "state", "codes", "message"}

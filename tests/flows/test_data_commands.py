@@ -16,19 +16,19 @@ import pytest
 from flows.cli import main
 from flows.plans import PlanSource, make_plan
 from tests.web import Site, serving
-from tests.workers.test_discover import write_series
+from tests.workers.sources.test_discover import write_series
 from tests.workers.test_ingest import label, scan, spoil
 from vnet_core.codes import CODES
 from vnet_core.errors import ConfigError
 from vnet_core.geometry import Geometry
 from vnet_core.sections import ReadingPlan
 from vnet_core.volume import Volume
-from workers.annotations import COLUMNS
-from workers.clusters import Engines
 from workers.cohort import load_cohort, load_entries
-from workers.datasets import CATALOGUE
-from workers.scans import write_volume
-from workers.store import Root
+from workers.engines.clusters import Engines
+from workers.sources.annotations import COLUMNS
+from workers.sources.datasets import CATALOGUE
+from workers.sources.scans import write_volume
+from workers.storage.store import Root
 
 
 @pytest.fixture

@@ -24,10 +24,10 @@ from tests.flows.sample_flows import report
 from tests.flows.test_server import environment
 from tests.walkthrough import REPOSITORY
 from vnet_core.errors import ConfigError
-from workers.nights import Night, begin
-from workers.rules import NightRules
-from workers.site import Nightly, Site
-from workers.store import Root
+from workers.nights.record import Night, begin
+from workers.settings.rules import NightRules
+from workers.settings.site import Nightly, Site
+from workers.storage.store import Root
 
 LIVER = Nightly(
     cohort="liver", model="organs@v2", cron="30 0 * * *", rules=NightRules(deadline="06:00"), success_by="06:30"

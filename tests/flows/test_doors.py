@@ -240,7 +240,7 @@ HAS_DASHBOARD = all(importlib.util.find_spec(name) for name in ("aiohttp", "aioh
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int, Path]]:
     """Address of the head of a Ray that asks for a token, the port of its dashboard, and the file with the token."""
-    from workers.modes import own_temporary_folder
+    from workers.storage.modes import own_temporary_folder
 
     token = tmp_path_factory.mktemp("ray") / "token"
     token.write_text("0" * 32 + "1" * 32)

@@ -17,7 +17,7 @@ from tests.flows.conftest import finished, nightly
 from tests.walkthrough import REPOSITORY, environment
 from vnet_core.errors import ConfigError
 from workers.failpoints import POINTS, fail_point
-from workers.store import Root
+from workers.storage.store import Root
 
 Start = Callable[..., Command]
 END_S = 60.0

@@ -22,8 +22,8 @@ from vnet_core.phantoms import PhantomSpec, phantom
 from vnet_core.plan import Plan
 from vnet_core.volume import Volume
 from workers.ingest import Names
-from workers.scans import write_volume
-from workers.store import Root
+from workers.sources.scans import write_volume
+from workers.storage.store import Root
 
 CASES = 12
 STEPS = 8

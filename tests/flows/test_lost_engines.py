@@ -13,7 +13,7 @@ from tests.flows.conftest import TINY_CASES as CASES
 from tests.flows.conftest import finished, nightly, rows
 from tests.patience import slowness
 from tests.workers.tiny_cohort import write_labelled
-from workers.store import Root
+from workers.storage.store import Root
 
 pytestmark = pytest.mark.faults
 

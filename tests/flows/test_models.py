@@ -16,9 +16,9 @@ from flows.retraining import Retraining, retrain_model
 from tests.files import file_of
 from tests.workers.known_model import known_network, known_plan
 from vnet_core.errors import ConfigError, StorageError
-from workers.models import Target, publish
-from workers.registry import aliases, history, promote
-from workers.store import Root
+from workers.registry.aliases import aliases, history, promote
+from workers.registry.models import Target, publish
+from workers.storage.store import Root
 
 PLAN = known_plan((1.0, 1.0, 1.0))
 FACTS: dict[str, Any] = {

@@ -9,12 +9,12 @@ from flows.night import close_abandoned
 from flows.session import Session
 from tests.files import file_of
 from tests.workers.small_root import COHORT, PLAN, add_case, add_model
-from workers.attempts import Failure, add_failure
 from workers.cohort import Cohort, save_cohort
-from workers.nights import Night, abandoned, begin, load_night
-from workers.report import read_rows
-from workers.site import Site
-from workers.store import Root
+from workers.nights.attempts import Failure, add_failure
+from workers.nights.record import Night, abandoned, begin, load_night
+from workers.reports.report import read_rows
+from workers.settings.site import Site
+from workers.storage.store import Root
 
 STARTED = datetime(2026, 11, 22, 1, tzinfo=UTC)
 

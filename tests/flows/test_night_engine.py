@@ -12,10 +12,10 @@ from tests.flows.command import Command, receipts, until
 from tests.flows.conftest import TINY_CASES as CASES
 from tests.flows.conftest import nightly, rows
 from tests.workers.tiny_cohort import write_scan
-from workers import attempts
-from workers.events_log import read_events
-from workers.nights import load_night, records
-from workers.store import Root
+from workers.nights import attempts
+from workers.nights.events_log import read_events
+from workers.nights.record import load_night, records
+from workers.storage.store import Root
 
 Start = Callable[..., Command]
 

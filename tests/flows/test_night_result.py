@@ -10,10 +10,10 @@ from flows.session import Session
 from vnet_core.report import LabelReport, flags, to_row
 from workers.cohort import Case, Entry, Verdict
 from workers.ledger import Outcome
-from workers.nights import Night, begin
-from workers.report import write_night
-from workers.site import Site
-from workers.store import Root
+from workers.nights.record import Night, begin
+from workers.reports.report import write_night
+from workers.settings.site import Site
+from workers.storage.store import Root
 
 ORGAN = LabelReport(1, "organ", 8, 1.0, 1, 2, (0.0, 0.0, 0.0), (9.0, 9.0, 9.0), (4.0, 4.0, 4.0), 1, False)
 WHOLE = replace(ORGAN, label=None, name="whole", voxels=12, volume_ml=1.5, slice_last=3)

@@ -22,7 +22,7 @@ from tests.patience import slowness
 from tests.postgres import AUTH, PASSWORD, PrefectServer, postgres, prefect_server
 from tests.walkthrough import environment
 from vnet_core.errors import EngineError
-from workers.clusters import processors
+from workers.engines.clusters import processors
 
 pytestmark = pytest.mark.slow
 

@@ -20,8 +20,8 @@ from tests.flows.test_faults import tmpfs
 from tests.patience import slowness
 from tests.walkthrough import environment
 from workers.leases import GRACE_S
-from workers.report import read_rows
-from workers.store import Root
+from workers.reports.report import read_rows
+from workers.storage.store import Root
 
 pytestmark = pytest.mark.faults
 

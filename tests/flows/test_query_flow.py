@@ -34,10 +34,10 @@ from flows.reports import (
 from tests.walkthrough import REPOSITORY, environment, fences
 from tests.workers.nights_of_rows import organ, put_night, refused
 from vnet_core.errors import ConfigError
-from workers.answers import FORMATS
-from workers.query import Query, query
-from workers.questions import save_question
-from workers.store import Root
+from workers.reports.answers import FORMATS
+from workers.reports.query import Query, query
+from workers.reports.questions import save_question
+from workers.storage.store import Root
 
 FIRST, SECOND = "2026-01-30_010000", "2026-01-31_010000"
 ODD = "<img src=x> | `odd`\n$"

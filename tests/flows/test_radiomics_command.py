@@ -11,8 +11,8 @@ import pytest
 
 from flows.cli import main
 from tests.workers.ibsi_phantom import COHORT, night_of_phantoms
-from tests.workers.test_radiomics import extra
-from workers.store import Root
+from tests.workers.reports.test_radiomics import extra
+from workers.storage.store import Root
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from vnet_core.geometry import Geometry
 from vnet_core.networks.vnet import build_vnet, initialise
 from vnet_core.plan import Plan
 from workers.cohort import Case, Cohort, Entry, Verdict, source_digest, volume_key
-from workers.models import Model, Target, load_model, publish
-from workers.registry import aliases, history
-from workers.scans import write_label
-from workers.store import Root
+from workers.registry.aliases import aliases, history
+from workers.registry.models import Model, Target, load_model, publish
+from workers.sources.scans import write_label
+from workers.storage.store import Root
 
 GRID = Geometry((6, 7, 8), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
 PLAN = known_plan((1.0, 1.0, 1.0))

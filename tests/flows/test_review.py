@@ -29,21 +29,21 @@ from tests.flows.browser import _set_field as set_field
 from tests.flows.browser import call_api, open_browser, screenshot, wait_for_run
 from tests.flows.test_server import environment, until
 from tests.pickles import pickles
+from tests.workers.delivery.test_corrections import PLAN, corrected, mask_values, scan
 from tests.workers.known_model import known_network
-from tests.workers.test_corrections import PLAN, corrected, mask_values, scan
 from workers.cohort import load_entries
-from workers.decisions import decisions, mirrored
-from workers.delivery import deliver
+from workers.delivery.handing import deliver
 from workers.dicom.derived import Algorithm
 from workers.ingest import ingest
 from workers.ledger import Outcome
-from workers.masks import Mask, publish_mask
-from workers.models import Target, publish
-from workers.nights import Night, load_night
-from workers.report import read_rows, write_night
-from workers.segment import Job, key_of, plan_of
-from workers.site import Site
-from workers.store import Root
+from workers.nights.decisions import decisions, mirrored
+from workers.nights.record import Night, load_night
+from workers.registry.models import Target, publish
+from workers.reports.report import read_rows, write_night
+from workers.segmentation.masks import Mask, publish_mask
+from workers.segmentation.segment import Job, key_of, plan_of
+from workers.settings.site import Site
+from workers.storage.store import Root
 
 NIGHT = Night("2026-11-23_010000", "liver", "known@v1", "2026-11-23T01:00:00+00:00", counts={"computed": 23})
 FLAGGED = [f"f{number:02d}" for number in range(MOST_CASES + 1)]

@@ -10,9 +10,9 @@ from typing import Any
 from tests.flows.browser import call_api
 from tests.flows.command import Command, receipts, until
 from tests.flows.conftest import TINY_CASES
-from workers.nights import load_night, records
-from workers.report import read_rows
-from workers.store import Root
+from workers.nights.record import load_night, records
+from workers.reports.report import read_rows
+from workers.storage.store import Root
 
 SITE = """
 timezone = "Europe/Berlin"

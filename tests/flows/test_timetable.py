@@ -9,10 +9,10 @@ from flows.timetable import check_schedules, last_moment, missed, without_succes
 from vnet_core.errors import ConfigError
 from workers.leases import run
 from workers.ledger import Outcome
-from workers.nights import Night, begin, save
-from workers.nights import ended as end
-from workers.site import Nightly
-from workers.store import Root
+from workers.nights.record import Night, begin, save
+from workers.nights.record import ended as end
+from workers.settings.site import Nightly
+from workers.storage.store import Root
 
 LIVER = Nightly(cohort="liver", model="organs", cron="0 1 * * *")
 BERLIN = "Europe/Berlin"

@@ -11,8 +11,8 @@ import safetensors.numpy
 from tests.conftest import Walkthrough
 from tests.files import file_of
 from tests.flows.test_commands import run
-from workers.models import load_model, load_networks
-from workers.store import Root
+from workers.registry.models import load_model, load_networks
+from workers.storage.store import Root
 
 PLAN = """
 [preprocess]

@@ -26,8 +26,8 @@ from tests.flows.browser import (
 )
 from tests.flows.test_server import gone, until
 from tests.walkthrough import environment
-from workers.query import Query, query
-from workers.store import Root
+from workers.reports.query import Query, query
+from workers.storage.store import Root
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

@@ -10,7 +10,7 @@ from flows.commands.command import Result
 from tests.workers.small_root import COHORT, PLAN
 from vnet_core.errors import ConfigError
 from workers.cohort import Cohort, save_cohort
-from workers.store import Root
+from workers.storage.store import Root
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from flows.artifacts import validation_page
 from tests.flows.test_artifacts import png, without_pictures
 from tests.workers.ball_cohort import ball_plan
-from workers.store import Root
-from workers.training_run import Budget, Run
-from workers.validations import load_validation
+from workers.storage.store import Root
+from workers.training.run import Budget, Run
+from workers.training.validations import load_validation
 
 
 def judged(root: Root, run: Run, step: int, dice: float | None, **facts: object) -> None:

@@ -17,8 +17,8 @@ from flows.watching import Watch
 from tests.flows.browser import call_api
 from tests.flows.test_server import environment, until
 from workers.cohort import Cohort, save_cohort
-from workers.site import Nightly
-from workers.store import Root
+from workers.settings.site import Nightly
+from workers.storage.store import Root
 
 QUIET_S = 3.0
 LIMIT_S = 120
@@ -30,8 +30,8 @@ from prefect.flows import EntrypointType
 from flows.serving import serve_until_stopped
 from flows.watching import Watch
 from tests.flows.engine_flows import night
-from workers.site import Nightly
-from workers.store import Root
+from workers.settings.site import Nightly
+from workers.storage.store import Root
 logging.getLogger("vnet").setLevel("INFO")
 logging.getLogger("vnet").addHandler(logging.StreamHandler())
 watched = Nightly.model_validate_json(sys.argv[2])

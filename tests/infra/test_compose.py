@@ -12,7 +12,7 @@ from compose_spec import PyCompose
 from tests.infra.programs import read, with_files
 from tests.object_store import ObjectStore
 from tests.walkthrough import REPOSITORY
-from workers.site import load_site
+from workers.settings.site import load_site
 
 INFRA = REPOSITORY / "infra"
 GIVEN = {"VNET_SCANS": "/srv/scans"}

@@ -18,7 +18,7 @@ from tests.infra.kuberay import RAY_CLUSTER, head_service, start_commands
 from tests.infra.kustomize import Manifest, build, containers, manifests, pods
 from tests.infra.programs import read, with_files
 from tests.walkthrough import REPOSITORY
-from workers.site import load_site
+from workers.settings.site import load_site
 
 FOLDER = REPOSITORY / "infra" / "kubernetes"
 OVERLAYS = ("cpu", "gpu")

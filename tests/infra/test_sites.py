@@ -3,8 +3,8 @@
 import pytest
 
 from tests.walkthrough import REPOSITORY
-from workers.site import Site, load_site
-from workers.store import Root
+from workers.settings.site import Site, load_site
+from workers.storage.store import Root
 
 SITES = REPOSITORY / "infra" / "sites"
 

@@ -14,7 +14,7 @@ import yaml
 from flows.prefect_settings import HEARTBEAT_S
 from tests.infra.kustomize import build
 from tests.walkthrough import REPOSITORY
-from workers.site import load_site
+from workers.settings.site import load_site
 
 INFRA = REPOSITORY / "infra"
 KNOWN = Path(prefect.server.api.__file__).parent / "collections_data" / "views" / "aggregate-worker-metadata.json"

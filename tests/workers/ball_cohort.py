@@ -10,9 +10,9 @@ from vnet_core import geometry as geo
 from vnet_core.fingerprint import Fingerprint
 from vnet_core.geometry import Geometry
 from vnet_core.plan import Plan
-from workers.arrays import write_arrays
 from workers.cohort import Case, Entry, Verdict, volume_key
-from workers.store import Root
+from workers.storage.arrays import write_arrays
+from workers.storage.store import Root
 
 GRID = Geometry((12, 12, 12), (2.0, 1.0, 1.0), (0.0, 0.0, 0.0), ((0, 0, 1), (0, 1, 0), (1, 0, 0)))
 LABEL = 2

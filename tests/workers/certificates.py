@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
-from workers.dask_address import DaskTls
+from workers.engines.dask_address import DaskTls
 
 
 class Authority:

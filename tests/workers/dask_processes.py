@@ -16,7 +16,7 @@ import psutil
 
 from tests.patience import until
 from tests.walkthrough import REPOSITORY
-from workers.dask_address import NO_TLS, DaskTls
+from workers.engines.dask_address import NO_TLS, DaskTls
 
 
 class Dask:

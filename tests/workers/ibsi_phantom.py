@@ -18,12 +18,12 @@ from vnet_core.volume import Volume
 from workers.cohort import Case, Cohort, Entry, Verdict, result_key, save_cohort, save_entry, source_digest, volume_key
 from workers.dicom.derived import Algorithm
 from workers.ledger import Outcome
-from workers.masks import Mask, publish_mask
-from workers.models import Target, publish
-from workers.nights import Night, begin
-from workers.report import write_night
-from workers.scans import write_volume
-from workers.store import Root
+from workers.nights.record import Night, begin
+from workers.registry.models import Target, publish
+from workers.reports.report import write_night
+from workers.segmentation.masks import Mask, publish_mask
+from workers.sources.scans import write_volume
+from workers.storage.store import Root
 
 OUT = 9
 """Of the voxels outside the region of interest, brighter than any inside."""

@@ -12,11 +12,11 @@ from vnet_core.networks.vnet import build_vnet
 from vnet_core.plan import Plan
 from vnet_core.volume import Volume
 from workers.cohort import Case, source_digest
-from workers.models import Target, publish
 from workers.preprocess import preprocess_case
-from workers.scans import write_volume
-from workers.segment import Segmenter
-from workers.store import Root
+from workers.registry.models import Target, publish
+from workers.segmentation.segment import Segmenter
+from workers.sources.scans import write_volume
+from workers.storage.store import Root
 
 ROOMY_GIB, TIGHT_GIB = 6.0, 0.5
 """What a plan allows so that a small case is segmented whole, and in portions."""

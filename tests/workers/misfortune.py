@@ -20,7 +20,7 @@ from typing import Any
 import workers.preprocess
 from tests.workers.through import Through
 from workers.cohort import read_channels
-from workers.dask_engine import DaskExecutor
+from workers.engines.dask_engine import DaskExecutor
 
 
 class Watched(Through):

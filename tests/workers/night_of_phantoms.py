@@ -10,12 +10,12 @@ from vnet_core.phantoms import LABELS, PhantomSpec, phantom
 from vnet_core.plan import Plan
 from vnet_core.reporting import DEFAULT_REPORTING
 from workers.cohort import Case, Cohort, Entry, Verdict, save_cohort, save_entry
-from workers.columns import SCHEMA, to_parquet
 from workers.dicom.derived import Algorithm
-from workers.masks import Mask, load_report, publish_mask
-from workers.nights import Night
-from workers.scans import write_volume
-from workers.store import Root
+from workers.nights.record import Night
+from workers.reports.columns import SCHEMA, to_parquet
+from workers.segmentation.masks import Mask, load_report, publish_mask
+from workers.sources.scans import write_volume
+from workers.storage.store import Root
 
 COHORT = "liver"
 PLAN = Plan.from_mapping({"labels": [label.model_dump() for label in LABELS]})

@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workers.columns import SCHEMA
-from workers.store import Root
+from workers.reports.columns import SCHEMA
+from workers.storage.store import Root
 
 OLD_COLUMNS = SCHEMA.names[: SCHEMA.names.index("seconds") + 1]
 """Those of version 0.3."""

@@ -6,10 +6,10 @@ import time
 from concurrent.futures import Future
 from typing import Any
 
-from workers.actors import Actors
-from workers.clusters import Engines
+from workers.engines.clusters import Engines
 from workers.ledger import Outcome
-from workers.segment import STAGE, Job
+from workers.segmentation.actors import Actors
+from workers.segmentation.segment import STAGE, Job
 
 
 class Host:

@@ -16,11 +16,11 @@ import safetensors.torch
 
 from tests.workers.known_model import known_network, known_plan
 from vnet_core.geometry import Geometry, to_mapping
-from workers.arrays import write_arrays
 from workers.cohort import Case, Cohort, Entry, Verdict, result_key, save_cohort, save_entry, volume_key
 from workers.ledger import Outcome
-from workers.models import Model, Target, publish
-from workers.store import Root
+from workers.registry.models import Model, Target, publish
+from workers.storage.arrays import write_arrays
+from workers.storage.store import Root
 
 COHORT = "liver"
 PLAN = known_plan((1.0, 1.0, 1.0))

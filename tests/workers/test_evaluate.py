@@ -14,7 +14,7 @@ from vnet_core.geometry import Geometry
 from vnet_core.metrics import Structure
 from vnet_core.plan import Label, Region
 from workers.evaluate import columns, evaluate, masks_in, patients_in, summary, to_parquet
-from workers.scans import write_label
+from workers.sources.scans import write_label
 
 GRID = Geometry((2, 4, 5), (2.0, 1.0, 5.0), (0.0, 0.0, 0.0))
 """10 mm^3, 0.01 mL a voxel."""

@@ -6,7 +6,7 @@ import io
 import pytest
 
 from workers.harmless import one_line, printable, sheet_cell
-from workers.report import to_csv
+from workers.reports.report import to_csv
 
 HOSTILE = "=cmd|' /C calc'!A0\n\x1b[2Jliver\x9b31m\u202e<script>|\r\ud800"
 

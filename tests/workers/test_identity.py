@@ -38,7 +38,7 @@ from workers.identity import (
     private_root,
     safe_id,
 )
-from workers.store import Root
+from workers.storage.store import Root
 
 SECRET = bytes(range(32))
 SOURCE = "/scans/DOE_JOHN/head.nii.gz"

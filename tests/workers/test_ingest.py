@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.files import file_of
-from tests.workers.test_discover import segmentation, write_series
+from tests.workers.sources.test_discover import segmentation, write_series
 from vnet_core.codes import CODES, tally
 from vnet_core.errors import ConfigError
 from vnet_core.geometry import Geometry
@@ -38,8 +38,8 @@ from workers.identity import private_root
 from workers.ingest import Names, ingest
 from workers.ledger import Outcome, counts
 from workers.preprocess import preprocess_case
-from workers.scans import write_label, write_volume
-from workers.store import Root
+from workers.sources.scans import write_label, write_volume
+from workers.storage.store import Root
 
 GRID = Geometry((6, 7, 8), (2.5, 1.0, 0.8), (-3.0, 4.0, 10.0))
 ORGAN = (Label(value=1, name="organ"),)

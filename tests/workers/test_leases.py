@@ -18,7 +18,7 @@ from tests.flows.command import until
 from vnet_core.errors import StorageError
 from workers import leases
 from workers.leases import GRACE_S, Claim, Run, check, is_alive, renewed, run, sweep
-from workers.store import Root
+from workers.storage.store import Root
 
 WORK = "results/liver/a/0123"
 

@@ -10,10 +10,10 @@ from tests.workers.known_model import known_plan
 from tests.workers.misfortune import Watched, begun
 from tests.workers.tiny_cohort import SPACING_MM, take_in, write_scan
 from workers.cohort import Case, load_entries, volume_key
-from workers.dask_engine import DaskExecutor, dask_executor
+from workers.engines.dask_engine import DaskExecutor, dask_executor
 from workers.ledger import Outcome
 from workers.preprocess import preprocess, preprocess_case
-from workers.store import Root
+from workers.storage.store import Root
 
 PLAN = known_plan(SPACING_MM, crop=False)
 FINE = [f"fine-{number}" for number in range(5)]
@@ -83,8 +83,8 @@ def test_a_thread_pool_does_the_same(scans, tmp_path: Path) -> None:
 
 
 def test_a_volume_has_the_same_files_however_little_memory_it_is_made_in(scans, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("workers.arrays.CHUNK_EDGE", 4)
-    monkeypatch.setattr("workers.arrays.SHARD_EDGE", 8)
+    monkeypatch.setattr("workers.storage.arrays.CHUNK_EDGE", 4)
+    monkeypatch.setattr("workers.storage.arrays.SHARD_EDGE", 8)
     found = []
     for limit_gib in (4.0, 1e-5):
         inference = PLAN.inference.model_copy(update={"memory_limit_gib": limit_gib})

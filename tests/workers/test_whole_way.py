@@ -26,7 +26,7 @@ from vnet_core.inference import choose_tile, predicted_peak_bytes
 from vnet_core.plan import Plan
 from vnet_core.sections import ReadingPlan
 from workers.cohort import read_channels
-from workers.scans import read_geometry, read_label, read_scan, read_volume, write_label
+from workers.sources.scans import read_geometry, read_label, read_scan, read_volume, write_label
 
 SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd")
 SHAPE = (4, 5, 6)
@@ -557,10 +557,10 @@ def test_every_stage_hands_the_geometry_on(tmp_path, number, suffix, mask_format
     import safetensors.torch
 
     from workers.cohort import Case, source_digest
-    from workers.models import Target, publish
     from workers.preprocess import preprocess_case
-    from workers.segment import Job, Segmenter
-    from workers.store import Root
+    from workers.registry.models import Target, publish
+    from workers.segmentation.segment import Job, Segmenter
+    from workers.storage.store import Root
 
     known = some_mask((9, 10, 11), number)
     scan = tmp_path / f"scan{suffix}"

@@ -7,8 +7,8 @@ from concurrent.futures import Executor, Future
 from typing import Any
 
 from vnet_core.errors import EngineError
-from workers.dask_engine import DaskExecutor
-from workers.tries import Worker
+from workers.engines.dask_engine import DaskExecutor
+from workers.engines.tries import Worker
 
 
 class Through(Executor):

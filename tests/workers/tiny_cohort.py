@@ -14,9 +14,9 @@ from vnet_core.geometry import Geometry
 from vnet_core.volume import Volume
 from workers.ingest import Names, ingest
 from workers.ledger import Outcome
-from workers.models import Model, Target, publish
-from workers.scans import write_volume
-from workers.store import Root
+from workers.registry.models import Model, Target, publish
+from workers.sources.scans import write_volume
+from workers.storage.store import Root
 
 SIDE = 8
 SPACING_MM = (2.0, 2.0, 2.0)

@@ -32,7 +32,7 @@ from workers.dicom import codes
 from workers.dicom.codes import Structure, concept_of, values_of, words
 from workers.dicom.derived import Algorithm
 from workers.dicom.segmentation import read_segmentation, write_segmentation
-from workers.scans import read_geometry, source_files
+from workers.sources.scans import read_geometry, source_files
 
 LABELS = (Label(value=2, name="liver"), Label(value=3, name="left kidney"), Label(value=300, name="Läsion"))
 MODEL = Algorithm("organs@3", "abc")

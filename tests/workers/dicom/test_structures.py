@@ -26,7 +26,7 @@ from vnet_core.geometry import Geometry, matrix_of, world_mm
 from vnet_core.plan import Label
 from workers.dicom.derived import Algorithm
 from workers.dicom.structures import STRUCTURE_CLASS, read_structures, write_structures
-from workers.scans import read_geometry, source_files
+from workers.sources.scans import read_geometry, source_files
 
 IMAGE = Geometry((9, 20, 24), (2.0, 1.0, 1.0), (-30.0, 10.0, 100.0))
 LABELS = (Label(value=2, name="liver"), Label(value=3, name="tumour"))

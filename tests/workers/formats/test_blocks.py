@@ -7,10 +7,10 @@ import threading
 import numpy as np
 import pytest
 
-from tests.workers.test_scans import META, nifti_bytes, numbered, refused
+from tests.workers.sources.test_scans import META, nifti_bytes, numbered, refused
 from vnet_core.errors import ScanError
 from workers.formats.blocks import unchanged
-from workers.scans import read_geometry, read_volume, source_files
+from workers.sources.scans import read_geometry, read_volume, source_files
 
 
 @pytest.mark.parametrize("reader", [read_volume, read_geometry, source_files])

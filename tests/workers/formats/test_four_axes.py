@@ -16,7 +16,7 @@ import zarr
 
 from tests.files import file_of
 from tests.workers.formats.test_nifti import LPS_FROM_RAS, OBLIQUE, affine
-from tests.workers.test_scans import nifti_bytes, numbered, refused
+from tests.workers.sources.test_scans import nifti_bytes, numbered, refused
 from vnet_core.errors import ScanError
 from vnet_core.geometry import world_mm
 from vnet_core.plan import Plan
@@ -26,9 +26,9 @@ from workers.identity import private_root
 from workers.ingest import ingest
 from workers.ledger import Outcome
 from workers.preprocess import preprocess
-from workers.reading import read_label_scan_apart, read_scan_apart
-from workers.scans import numbered_volume, read_geometry, read_label, read_scan, read_volume, source_files
-from workers.store import Root
+from workers.sources.reading import read_label_scan_apart, read_scan_apart
+from workers.sources.scans import numbered_volume, read_geometry, read_label, read_scan, read_volume, source_files
+from workers.storage.store import Root
 
 SHAPE = (4, 3, 5, 6)
 """Volumes, then (z, y, x)."""

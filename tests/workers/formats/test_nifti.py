@@ -11,10 +11,10 @@ import pytest
 import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
 
-from tests.workers.test_scans import OBLIQUE, nifti_bytes, numbered, refused
+from tests.workers.sources.test_scans import OBLIQUE, nifti_bytes, numbered, refused
 from vnet_core.geometry import world_mm
 from vnet_core.sections import ReadingPlan
-from workers.scans import read_geometry, read_label, read_scan, read_volume, source_files, write_label
+from workers.sources.scans import read_geometry, read_label, read_scan, read_volume, source_files, write_label
 
 LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 POLICIES = ("agreeing", "sform", "qform")

@@ -10,14 +10,14 @@ import zarr
 from ome_zarr_models import v04, v05
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
-from tests.workers.test_scans import OBLIQUE, grid, numbered, refused
+from tests.workers.sources.test_scans import OBLIQUE, grid, numbered, refused
 from vnet_core.geometry import Geometry, to_mapping
 from vnet_core.plan import Label
 from vnet_core.sections import ReadingPlan
-from workers.arrays import write_ome_labels
 from workers.formats.ome_zarr import is_ome_zarr
-from workers.scans import read_geometry, read_label, read_label_scan, read_scan, read_volume, source_files
-from workers.store import Root
+from workers.sources.scans import read_geometry, read_label, read_label_scan, read_scan, read_volume, source_files
+from workers.storage.arrays import write_ome_labels
+from workers.storage.store import Root
 
 SHAPE = (3, 4, 5)
 GEOMETRY = Geometry(SHAPE, (2.5, 0.75, 0.5), (-12.5, 30.25, 7.0))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from tests.workers.test_scans import META, NRRD, SHAPE, numbered, refused
+from tests.workers.sources.test_scans import META, NRRD, SHAPE, numbered, refused
 from vnet_core.geometry import world_mm
 from vnet_core.sections import ReadingPlan
-from workers.scans import read_geometry, read_label, read_scan, read_volume, source_files
+from workers.sources.scans import read_geometry, read_label, read_scan, read_volume, source_files
 
 BLOCK = numbered(dtype="<i2").tobytes()
 

@@ -1,0 +1,105 @@
+"""Training over two Ray nodes, one of which is lost or is to be taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from tests.patience import until
+from tests.workers.ball_cohort import ball_entries, ball_plan
+from workers.engines.clusters import Engines
+from workers.storage.store import Root
+from workers.training.run import Budget
+from workers.training.train import Training, train
+
+pytestmark = pytest.mark.faults
+
+STEPS = 2000
+"""A checkpoint of the plan's rhythm at every 200."""
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head and a second node, with a core each."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def trained(root: Root, name: str, cluster: Cluster) -> dict[str, Any]:
+    """Facts of a training by one or two workers."""
+    plan = ball_plan(optimiser="sgd", learning_rate=1e-3)
+    engines = Engines(ray_address=cluster.address, cpus=2, train_workers=1, train_workers_max=2)
+    training = Training(name, ball_entries(root, plan), plan, Budget(steps=STEPS))
+    return train(root, training, engines).facts["training"]
+
+
+@contextmanager
+def beside(act: Callable[[], None]) -> Iterator[None]:
+    """Do something else meanwhile, which must go well too."""
+    with ThreadPoolExecutor(1) as pool:
+        doing = pool.submit(act)
+        yield
+        doing.result()
+
+
+def checkpoints(root: Root, name: str) -> list[int]:
+    prefix = f"training/{name}/v1/checkpoints"
+    return [int(step) for step in root.names(prefix) if root.receipt(f"{prefix}/{step}")]
+
+
+def kill(node: Any) -> None:
+    """SIGKILL to the node's raylet; its workers end with it."""
+    (raylet,) = node.all_processes["raylet"]
+    raylet.process.kill()
+
+
+@pytest.mark.fault("F28")
+def test_a_lost_node_leaves_the_training_to_the_other(cluster, tmp_path):
+    root = Root(tmp_path)
+    second = cluster.add_node(num_cpus=1)
+
+    def lose() -> None:
+        until(lambda: checkpoints(root, "lost"), 240)
+        kill(second)
+
+    with beside(lose):
+        facts = trained(root, "lost", cluster)
+    assert facts["steps"] == STEPS
+    first, *_, last = facts["attempts"]
+    assert (first["from_step"], first["workers"]) == (0, 2)
+    assert 0 < last["from_step"] < STEPS
+    assert (last["workers"], facts["workers"]) == (1, 1)
+    assert "Error" in last["after"]
+
+
+def test_notice_of_a_preemption_is_answered_with_a_checkpoint(cluster, tmp_path):
+    root = Root(tmp_path)
+    second = cluster.add_node(num_cpus=1)
+
+    def take_away() -> None:
+        until(lambda: checkpoints(root, "taken"), 240)
+        client = ray._raylet.GcsClient(address=cluster.address)
+        # DRAIN_NODE_REASON_PREEMPTION, without a deadline: Ray then gives the group two minutes
+        accepted, why = client.drain_node(second.node_id, 2, "spot", 0)
+        assert accepted, why
+        until(lambda: [step for step in checkpoints(root, "taken") if step % 200], 120)
+        kill(second)
+
+    with beside(take_away):
+        facts = trained(root, "taken", cluster)
+    assert facts["steps"] == STEPS
+    first, *_, last = facts["attempts"]
+    assert (first["from_step"], first["workers"]) == (0, 2)
+    assert last["workers"] == 1
+    assert last["after"], "the record says what it was lost to"

@@ -1,0 +1,1 @@
+"""What a night knows: its record, what failed before, what was decided, what it would cost."""

@@ -1,0 +1,1 @@
+"""Model bundles, who is champion, and model cards."""

@@ -1,0 +1,1 @@
+"""Rows, what is told of them, and answers over all nights."""

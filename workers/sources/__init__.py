@@ -1,0 +1,1 @@
+"""What comes in: trees, archives, manifests and scans, judged before they are read."""

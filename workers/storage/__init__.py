@@ -1,0 +1,1 @@
+"""The storage root: objects in a folder or a bucket, receipts, arrays."""

@@ -1,0 +1,1 @@
+"""From stored volumes to fitted networks, on one worker or many."""
