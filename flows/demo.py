@@ -26,7 +26,7 @@ from workers.sources.scans import write_volume
 SEED = 2016
 TRAINING_CASES = 20
 NEW_CASES = 6
-MINUTES = 1.0
+STEPS = 160
 MODEL = "demo"
 LABELS = (Label(value=1, name="organ"), Label(value=2, name="lesion"))
 
@@ -62,11 +62,11 @@ def demo() -> Result:
     ingest_sources(session.root, "demo-train", [str(scans / "train")], names)
     (scans / "plan.toml").write_text(PLAN)
 
-    say(f"training a small V-Net for {MINUTES * 60:.0f} s: Prefect, Dask, Zarr, Ray Train")
+    say(f"training a small V-Net for {STEPS} steps: Prefect, Dask, Zarr, Ray Train")
     from flows.cohorts import nightly
     from flows.training import TrainingSettings, train_model
 
-    settings = TrainingSettings(minutes=MINUTES, plan=str(scans / "plan.toml"))
+    settings = TrainingSettings(steps=STEPS, plan=str(scans / "plan.toml"))
     trained = run_flow(train_model, cohort="demo-train", model=MODEL, settings=settings)["model"]
 
     say(f"the night: segmenting {NEW_CASES + 1} new scans with {trained} on Ray actors")

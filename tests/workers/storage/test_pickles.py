@@ -235,7 +235,6 @@ READS: dict[str, Callable[[Root, str], object]] = {
     "report": lambda root, result: load_report(root, result),
     "rows": lambda root, result: read_rows(root, COHORT, "2026-11-23_010000"),
     "array": lambda root, result: read_array(root, volume_key(case_of("a"), PLAN), "image"),
-    "receipt": lambda root, result: root.receipt(result),
 }
 
 
@@ -244,6 +243,14 @@ def test_what_reads_the_root_refuses_by_name(root: Root, sang: Path, what: str) 
     result = result_key(COHORT, case_of("a"), PLAN, load_model(root, "organs").digest)
     assert plant_everywhere(root, sang) > 30
     assert error_of(lambda: READS[what](root, result)) in ("store.corrupt", "model.damaged", "store.missing")
+    assert not sang.exists()
+
+
+def test_a_planted_receipt_finishes_nothing(root: Root, sang: Path) -> None:
+    result = result_key(COHORT, case_of("a"), PLAN, load_model(root, "organs").digest)
+    assert root.receipt(result)
+    plant_everywhere(root, sang)
+    assert root.receipt(result) is None
     assert not sang.exists()
 
 
