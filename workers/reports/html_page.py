@@ -277,7 +277,7 @@ def _text(value: Any) -> str:
 
 @cache
 def _file(name: str) -> bytes:
-    return files("workers").joinpath("viewer", name).read_bytes()
+    return files("workers.reports").joinpath("viewer", name).read_bytes()
 
 
 @cache
