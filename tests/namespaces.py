@@ -196,7 +196,7 @@ def _plug(host: Host, switch: str, network: ipaddress.IPv4Network, gateway: str)
 
 def _environment() -> Mapping[str, str]:
     """For programs on a machine: nothing that this process was told of services, proxies and folders."""
-    foreign = ("AWS_", "RAY_", "TMPDIR", "XDG_")
+    foreign = ("AWS_", "RAY_ADDRESS", "RAY_AUTH_", "TMPDIR", "XDG_")
     kept = {
         name: value
         for name, value in environment().items()
