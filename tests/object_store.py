@@ -37,11 +37,13 @@ class ObjectStore:
     folder: Path
     ports: tuple[int, ...]
     """Of master, volume, filer and S3; each has a second one 10,000 above it."""
+    address: str = "127.0.0.1"
+    """Of this machine, at which it listens."""
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.ports[3]}"
+        return f"http://{self.address}:{self.ports[3]}"
 
     def variables(self, identity: tuple[str, str] = WRITER) -> Mapping[str, str]:
         """The environment of a process that uses the store, by the usual chain."""
@@ -73,7 +75,8 @@ class ObjectStore:
         (self.folder / "s3.json").write_text(json.dumps({"identities": identities}), "utf-8")
         master, volume, filer, s3 = self.ports
         command = [
-            *(weed, "server", f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),
+            *(weed, "server", f"-dir={self.folder}", f"-ip={self.address}", f"-ip.bind={self.address}"),
+            "-master.telemetry=false",
             *(f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}", "-s3"),
             *(f"-s3.port={s3}", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={self.folder}/s3.json"),
             *("-volume.max=100", "-master.volumeSizeLimitMB=64"),
@@ -122,9 +125,9 @@ class ObjectStore:
             self.process.wait(10)
 
 
-def start_object_store(folder: Path) -> ObjectStore:
+def start_object_store(folder: Path, address: str = "127.0.0.1") -> ObjectStore:
     """A started server with free ports; the caller kills it."""
-    store = ObjectStore(folder, tuple(_free_port_pair() for _ in range(4)))
+    store = ObjectStore(folder, tuple(_free_port_pair() for _ in range(4)), address)
     store.start()
     return store
 

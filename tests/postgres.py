@@ -24,7 +24,7 @@ from tests.walkthrough import environment
 
 AUTH = "keeper:a-secret-that-no-log-may-hold"
 PASSWORD = "another-secret-that-no-log-may-hold"
-START_S = 90.0
+START_S = 180.0
 
 
 @contextmanager
@@ -78,9 +78,10 @@ class PrefectServer:
 
 
 @contextmanager
-def prefect_server(database: str, folder: Path) -> Iterator[PrefectServer]:
-    """``prefect server start`` on loopback with a login, over a database, its own files in ``folder``."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
+def prefect_server(database: str, folder: Path, address: str = "127.0.0.1") -> Iterator[PrefectServer]:
+    """``prefect server start`` at an address of this machine with a login, over a database, its own files in
+    ``folder``."""
+    with socket.create_server((address, 0)) as free:
         port = free.getsockname()[1]
     variables = {
         "PREFECT_HOME": str(folder / "home"),
@@ -89,9 +90,9 @@ def prefect_server(database: str, folder: Path) -> Iterator[PrefectServer]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_UI_STATIC_DIRECTORY": str(folder / "ui"),
         "DO_NOT_TRACK": "1",
-        "NO_PROXY": "127.0.0.1",
+        "NO_PROXY": address,
     }
-    command = [str(Path(sys.executable).with_name("prefect")), "server", "start", "--host", "127.0.0.1"]
+    command = [str(Path(sys.executable).with_name("prefect")), "server", "start", "--host", address]
     log = folder / "prefect.log"
     with log.open("wb") as told:
         process = subprocess.Popen(
@@ -101,7 +102,7 @@ def prefect_server(database: str, folder: Path) -> Iterator[PrefectServer]:
             stderr=told,
             start_new_session=True,
         )
-    server = PrefectServer(f"http://127.0.0.1:{port}", process, log)
+    server = PrefectServer(f"http://{address}:{port}", process, log)
     try:
         _wait(server)
         yield server

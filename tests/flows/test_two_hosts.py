@@ -1,0 +1,106 @@
+"""A night on two hosts, with a bucket and a Prefect server that neither has, gives the bytes of one in a folder."""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.flows.command import Command
+from tests.flows.command import receipts as receipts_in_folder
+from tests.flows.conftest import nightly
+from tests.flows.test_bucket_night import receipts
+from tests.namespaces import why_not
+from tests.object_store import WRITER, forget_connections, use_identity
+from tests.two_hosts import TwoHosts, two_hosts
+from tests.workers.tiny_cohort import take_in
+from tests.workers.untrained_model import publish_untrained
+from vnet_core.phantoms import LABELS, PhantomSpec, phantom
+from vnet_core.plan import Plan
+from workers.scans import write_volume
+from workers.store import Root
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+CASES = 8
+NIGHT_S = 900.0
+PLAN = {
+    "labels": [label.model_dump() for label in LABELS],
+    "preprocess": {"spacing_mm": [1.25, 1.25, 1.25]},
+    "network": {"kernel_size": 5, "width": 8, "convolutions": [1, 2, 2]},
+    "training": {"patch_size": [16, 16, 16]},
+}
+"""A network that takes most of a second for a case, so that one host cannot do all before the other has begun."""
+
+
+@pytest.fixture(scope="module")
+def taken_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as root with a cohort ``many`` of phantoms and a model ``known`` with weights from a seed."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    (folder / "scans").mkdir()
+    for number in range(CASES):
+        write_volume(folder / "scans" / f"case{number}.nii.gz", phantom(PhantomSpec(number))[0])
+    root = Root(folder / "root")
+    publish_untrained(root, Plan.from_mapping(PLAN))
+    take_in(root, "many", [folder / "scans"])
+    return root.home
+
+
+@pytest.fixture(scope="module")
+def on_one(taken_in: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Receipts of a night on this machine, in a folder, by engines of its own."""
+    root = Path(shutil.copytree(taken_in, tmp_path_factory.mktemp("one") / "root"))
+    command = Command(*nightly(), root=root)
+    try:
+        assert command.wait(NIGHT_S) == 0, command.err
+    finally:
+        command.end()
+    found = receipts_in_folder(root)
+    assert len(found) == CASES
+    return found
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoHosts]:
+    if reason := why_not():
+        pytest.skip(reason)
+    with two_hosts(tmp_path) as started:
+        use_identity(started.store, monkeypatch, WRITER)
+        monkeypatch.setenv("VNET_HOME", str(tmp_path / "home"))
+        yield started
+        forget_connections()
+
+
+def ingested(hosts: TwoHosts, taken_in: Path) -> tuple[Root, Path]:
+    """A root in a bucket with the same model, into which the first host has taken the same scans; its site file."""
+    bucket, folder = Root(hosts.store.new_root()), Root(taken_in)
+    for stored in folder.walk("models"):
+        bucket.put(stored.key, folder.get(stored.key))
+    shutil.copytree(taken_in.parent / "scans", hosts.shared / "scans")
+    site = hosts.site(bucket.url)
+    hosts.document("ingest", "ingest", hosts.shared / "scans", "--cohort", "many", site=site)
+    return bucket, site
+
+
+def all_in_one_row(document: dict[str, Any]) -> None:
+    assert [(case["case"], case["state"]) for case in document["cases"]] == [
+        (f"case{number}", "computed") for number in range(CASES)
+    ]
+
+
+def test_a_night_on_two_hosts_gives_the_bytes_of_one(hosts: TwoHosts, taken_in: Path, on_one: dict[str, Any]) -> None:
+    bucket, site = ingested(hosts, taken_in)
+    all_in_one_row(hosts.document("night", *nightly(), site=site))
+    assert receipts(bucket) == on_one
+    for case in on_one:
+        (key,) = bucket.names(f"results/many/{case}")
+        assert bucket.damaged(f"results/many/{case}/{key}") == []
+
+    for point in ("preprocess:sealed", "segment:sealed"):
+        by_host = hosts.executions(point)
+        assert min(len(done) for done in by_host.values()) > 0, f"{point}: {by_host}"
+        assert sorted(sum(by_host.values(), Counter()).values()) == [1] * CASES, f"{point}: {by_host}"
+    runs = hosts.prefect.call("/flow_runs/filter", {"flows": {"name": {"any_": ["nightly"]}}})
+    assert [run["state_type"] for run in runs] == ["COMPLETED"]
