@@ -30,8 +30,8 @@ from tests.two_hosts import TwoHosts, two_hosts
 from tests.workers.tiny_cohort import MODEL
 from tests.workers.untrained_model import publish_untrained
 from vnet_core.plan import Plan
-from workers.masks import mask_file
-from workers.store import Root
+from workers.segmentation.masks import mask_file
+from workers.storage.store import Root
 
 COHORT = "night"
 NIGHT = ["nightly", "--cohort", COHORT, "--model", MODEL]

@@ -24,7 +24,7 @@ from tests.namespaces import Host, machines
 from tests.object_store import ObjectStore, start_object_store
 from tests.postgres import PrefectServer, postgres, prefect_server
 from tests.workers.certificates import Authority
-from workers.dask_address import DaskTls
+from workers.engines.dask_address import DaskTls
 from workers.failpoints import LOG_VARIABLE
 
 BIN = Path(sys.executable).parent

@@ -10,7 +10,7 @@ from benchmarks.hosts import Night, lines
 from tests.namespaces import why_not
 from tests.walkthrough import REPOSITORY
 from vnet_core.phantoms import PhantomSpec, phantom
-from workers.scans import write_volume
+from workers.sources.scans import write_volume
 
 
 def test_a_mask_that_differs_is_told() -> None:

@@ -19,8 +19,8 @@ from tests.workers.tiny_cohort import take_in
 from tests.workers.untrained_model import publish_untrained
 from vnet_core.phantoms import LABELS, PhantomSpec, phantom
 from vnet_core.plan import Plan
-from workers.scans import write_volume
-from workers.store import Root
+from workers.sources.scans import write_volume
+from workers.storage.store import Root
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

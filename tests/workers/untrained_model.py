@@ -8,8 +8,8 @@ import torch
 from tests.workers.tiny_cohort import MODEL
 from vnet_core.networks.vnet import build_vnet
 from vnet_core.plan import Plan
-from workers.models import Model, Target, publish
-from workers.store import Root
+from workers.registry.models import Model, Target, publish
+from workers.storage.store import Root
 
 
 def publish_untrained(root: Root, plan: Plan, seed: int = 7) -> Model:
