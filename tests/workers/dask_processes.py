@@ -30,7 +30,8 @@ class Dask:
         self.scheduler = self._start("dask_scheduler", *arguments, "--scheduler-file", str(self._file))
         self.workers: list[psutil.Process] = []
         """Nannies; each has one worker as its child."""
-        until(self._file.exists)
+        # it is there before it is written
+        until(lambda: self._file.exists() and self._file.read_text("utf-8").endswith("}"))
         self.address: str = json.loads(self._file.read_text("utf-8"))["address"]
 
     def add_worker(self, *arguments: str, **variables: str) -> psutil.Process:

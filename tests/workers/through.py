@@ -28,6 +28,9 @@ class Through(Executor):
     def check(self) -> None:
         self.executor.check()
 
+    def is_gone(self, worker: Worker) -> bool:
+        return self.executor.is_gone(worker)
+
     def is_death(self, error: BaseException) -> bool:
         return self.executor.is_death(error)
 

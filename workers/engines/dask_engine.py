@@ -116,8 +116,7 @@ class DaskExecutor(Executor):
         if self._is_closed:
             return
         try:
-            # as Client.nthreads, which waits for ever for a scheduler that was stopped
-            workers = len(self._client.sync(self._client.scheduler.ncores, callback_timeout=ANSWER_S))
+            workers = len(self._workers())
         except (OSError, ValueError, AttributeError) as error:  # the last two: its connection is being closed
             if loss := self.loss():
                 raise loss from error
@@ -134,11 +133,24 @@ class DaskExecutor(Executor):
                 f" {self._where}) and run the command again",
             )
 
+    def _workers(self) -> dict[str, int]:
+        """Threads of each worker by its address, as Client.nthreads, which waits for ever for a scheduler that was
+        stopped."""
+        threads: dict[str, int] = self._client.sync(self._client.scheduler.ncores, callback_timeout=ANSWER_S)
+        return threads
+
     def is_death(self, error: BaseException) -> bool:
         """Whether Dask gave a task up because workers died that had it."""
         from distributed.scheduler import KilledWorker
 
         return isinstance(error, KilledWorker)
+
+    def is_gone(self, worker: Worker) -> bool:
+        """Whether the scheduler has no such worker."""
+        try:
+            return worker.name.partition(" ")[0] not in self._workers()
+        except (OSError, ValueError, AttributeError):
+            return False
 
     def memory_at_end(self, worker: Worker) -> int | None:
         """Bytes that a worker held when its nanny ended it for holding too many."""

@@ -59,6 +59,9 @@ class Supervised(Protocol):
     def is_death(self, error: BaseException) -> bool:
         """Whether a future failed since its worker died."""
 
+    def is_gone(self, worker: Worker) -> bool:
+        """Whether a worker is there no more."""
+
     def memory_at_end(self, worker: Worker) -> int | None:
         """Bytes that a worker held when it was ended for holding too many; None when it was not, as far as is known."""
 
@@ -130,6 +133,8 @@ class Tries:
         self._losses: dict[str, _Losses] = {}
         self._suspects: deque[Work] = deque()
         self._marks: list[str] = []
+        self._unheard: set[str] = set()
+        """Marks of what was over, or whose worker was gone, at the last look, and whose job had not ended."""
 
     def work_off(self, work: Sequence[Work]) -> None:
         """Until all have an outcome, or no more may be begun, or somebody closes the executor.
@@ -169,6 +174,9 @@ class Tries:
         except queue.Empty:
             if self._supervisor:
                 self._supervisor.check()
+                self._look_after(self._supervisor)
+            return True
+        if job not in self._held:  # it was given up
             return True
         if job.cancelled():
             if self._supervisor and (loss := self._supervisor.loss()):
@@ -176,6 +184,21 @@ class Tries:
             return False  # the executor was closed, since something else ended the work
         self._take(job)
         return self._may_go_on()
+
+    def _look_after(self, supervisor: Supervised) -> None:
+        """Settle what the storage root says is over, and give up what a worker that is gone had begun: of several
+        workers that end together an engine may lose the answers."""
+        unheard = set()
+        for job, (work, mark) in list(self._held.items()):
+            worker = self._beginner(mark)
+            if not (supervisor.is_gone(worker) if worker else self._root.receipt(work.key)):
+                continue
+            unheard.add(mark)
+            if mark in self._unheard:
+                del self._held[job]
+                job.cancel()
+                self._lost(work, mark)
+        self._unheard = unheard
 
     def _take(self, job: Future[Outcome | None]) -> None:
         work, mark = self._held.pop(job)
@@ -233,13 +256,18 @@ class Tries:
     def _begun(self, mark: str) -> Worker | None:
         """Who had begun it under a mark. It stays until the end: the engine may do the same once more, when another
         worker dies that has the answer."""
+        worker = self._beginner(mark)
+        if worker:
+            self._marks.append(mark)
+        return worker
+
+    def _beginner(self, mark: str) -> Worker | None:
         try:
             facts = self._root.get_json(f"{mark}/begun.json")
         except StorageError as error:
             if error.code != "store.missing":
                 raise
             return None
-        self._marks.append(mark)
         return Worker(facts["worker"], facts["memory_limit_bytes"])
 
     def _blamed(self, work: Work, deaths: Sequence[Worker]) -> Outcome:

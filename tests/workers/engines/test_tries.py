@@ -53,6 +53,9 @@ class Mortal(Executor):
     def check(self) -> None:
         pass
 
+    def is_gone(self, worker: Worker) -> bool:
+        return False
+
     def is_death(self, error: BaseException) -> bool:
         return isinstance(error, Gave)
 
