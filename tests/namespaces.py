@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ipaddress
+import itertools
 import os
 import shutil
 import signal
@@ -26,8 +27,9 @@ from tests.walkthrough import REPOSITORY, environment
 PROGRAMS = ("ip", "nsenter", "unshare")
 APART = ("--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc")
 SWITCH = "vnsw"
-"""Begin the names of bridges, which the process that made them ends; interfaces may have fifteen letters."""
+"""Begins the names of bridges; the process that made them follows. Interfaces may have fifteen letters."""
 PR_SET_PDEATHSIG = 1
+_made = itertools.count()
 BOOT = """
 hostname "$1"; folder="$2"; shift 2
 ip link set lo up
@@ -143,7 +145,8 @@ def machines(folder: Path, names: Sequence[str], shared: Path) -> Iterator[Machi
     _sweep()
     network = _free_network()
     *addresses, own = [str(network[number]) for number in (*range(1, len(names) + 1), 254)]
-    switch = f"{SWITCH}{os.getpid()}"
+    mark = f"{os.getpid()}-{next(_made)}"
+    switch = f"{SWITCH}{mark}"
     _ip("link", "add", switch, "type", "bridge")
     hosts: list[Host] = []
     try:
@@ -151,7 +154,7 @@ def machines(folder: Path, names: Sequence[str], shared: Path) -> Iterator[Machi
         _ip("link", "set", switch, "up")
         known = ["127.0.0.1 localhost", *(f"{a} {n}" for a, n in zip(addresses, names, strict=True))]
         for number, (name, address) in enumerate(zip(names, addresses, strict=True)):
-            hosts.append(_host(folder / name, (name, address), shared, known, f"vn{number}h{os.getpid()}"))
+            hosts.append(_host(folder / name, (name, address), shared, known, f"vn{mark}{number}"))
             _plug(hosts[-1], switch, network, own)
         yield Machines(own, tuple(hosts))
     finally:
@@ -236,6 +239,6 @@ def _free_network() -> ipaddress.IPv4Network:
 def _sweep() -> None:
     """Take away switches of processes that were killed; their machines have died with them."""
     for name in psutil.net_if_addrs():
-        pid = name.removeprefix(SWITCH)
+        pid = name.removeprefix(SWITCH).partition("-")[0]
         if name.startswith(SWITCH) and pid.isdigit() and not psutil.pid_exists(int(pid)):
             _ip("link", "delete", name)

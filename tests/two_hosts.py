@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from tests.flows.command import until
 from tests.namespaces import Host, machines
 from tests.object_store import ObjectStore, start_object_store
@@ -91,12 +89,6 @@ def executed(host: Host, point: str) -> Counter[str]:
     log = host.tmp / EXECUTIONS
     lines = (line.split() for line in log.read_text("utf-8").splitlines()) if log.exists() else ()
     return Counter(key for where, key, _ in lines if where == point)
-
-
-def raylet(host: Host) -> psutil.Process:
-    """A host's node of Ray."""
-    (found,) = [process for process in host.processes() if process.name() == "raylet"]
-    return found
 
 
 @contextmanager

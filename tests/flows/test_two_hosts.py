@@ -1,5 +1,7 @@
-"""A night on two hosts, with a bucket and a Prefect server that neither has, gives the bytes of one in a folder."""
+"""A night on two hosts, with a bucket and a Prefect server that neither has, gives the bytes of one in a folder, also
+where one of the two is lost while it works."""
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.flows.command import Command
+from tests.flows.command import Command, until
 from tests.flows.command import receipts as receipts_in_folder
 from tests.flows.conftest import nightly
 from tests.flows.test_bucket_night import receipts
@@ -26,6 +28,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CASES = 8
 NIGHT_S = 900.0
+SECONDS_TO_END_S = 120.0
+"""A node of Ray that comes back after it was counted as dead ends by itself."""
 PLAN = {
     "labels": [label.model_dump() for label in LABELS],
     "preprocess": {"spacing_mm": [1.25, 1.25, 1.25]},
@@ -104,3 +108,30 @@ def test_a_night_on_two_hosts_gives_the_bytes_of_one(hosts: TwoHosts, taken_in: 
         assert sorted(sum(by_host.values(), Counter()).values()) == [1] * CASES, f"{point}: {by_host}"
     runs = hosts.prefect.call("/flow_runs/filter", {"flows": {"name": {"any_": ["nightly"]}}})
     assert [run["state_type"] for run in runs] == ["COMPLETED"]
+
+
+def test_a_host_whose_cable_is_pulled_in_the_midst_of_its_work_changes_no_byte(
+    hosts: TwoHosts, taken_in: Path, on_one: dict[str, Any]
+) -> None:
+    bucket, site = ingested(hosts, taken_in)
+    night = hosts.vnet("night", *nightly(), site=site)
+
+    def both_work() -> bool:
+        assert night.poll() is None, hosts.first.said("night")
+        return all(hosts.executions("segment:read").values())
+
+    until(both_work, NIGHT_S)
+    hosts.second.pull_cable()
+    published = receipts(bucket)
+    assert night.wait(NIGHT_S) == 0, hosts.first.said("night")
+    assert len(published) < CASES, "the host was lost after all was done"
+    all_in_one_row(json.loads(hosts.first.output("night")))
+    assert receipts(bucket) == on_one
+    begun = sum(hosts.executions("segment:read").values(), Counter())
+    of_case = {key.split("/")[2]: times for key, times in begun.items()}
+    assert {case: of_case[case] for case in published} == dict.fromkeys(published, 1)
+
+    whole = {stored.key: bucket.get(stored.key) for stored in bucket.walk("results")}
+    hosts.second.plug_in()
+    until(lambda: not [p for p in hosts.second.processes() if "ray::Segmenter" in p.name()], SECONDS_TO_END_S)
+    assert {stored.key: bucket.get(stored.key) for stored in bucket.walk("results")} == whole
