@@ -10,9 +10,11 @@ import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.prefect_settings import HOST
+from workers.storage.locks import alone
 from workers.storage.modes import for_the_owner_alone
 
 if TYPE_CHECKING:
@@ -74,9 +76,17 @@ def _serve(listener_fd: int, kind: str) -> None:
 
     # around the application, not in it: the actions of automations ask it from within, as a host of another name
     own = _OwnPagesOnly(create_app(final=True, ephemeral=kind == "api"))
+
+    class OneStartAtATime(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            # two that make the tables of one database at once get in each other's way
+            with alone(Path(os.environ["PREFECT_HOME"]) / "start.lock"):
+                await super().startup(sockets)
+
     # a name that an attacker points at 127.0.0.1 gets no answer
     app = TrustedHostMiddleware(own, allowed_hosts=[HOST, "localhost"])
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[socket.socket(fileno=listener_fd)])
+    server = OneStartAtATime(uvicorn.Config(app, log_level="warning"))
+    server.run(sockets=[socket.socket(fileno=listener_fd)])
 
 
 if __name__ == "__main__":

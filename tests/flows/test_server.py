@@ -381,5 +381,7 @@ def test_serving_stops_runs_in_good_order(server: ServerProcess, served: subproc
     until(lambda: all(gone(process.pid) for process in family), 5)
     willing, stubborn = (state_of(server, run_ids[name]) for name in markers)
     assert (willing["name"], willing["message"]) == ("Crashed", "Execution was aborted by a termination signal.")
-    assert (stubborn["name"], stubborn["message"]) == ("Crashed", ORPHANED)
+    # either the server finds that it is gone, or the runner is there to see it go
+    assert stubborn["name"] == "Crashed"
+    assert stubborn["message"] == ORPHANED or "status code: -9" in stubborn["message"]
     assert call_api(server.url, "/deployments/name/sample-stall/local")["paused"] is False
