@@ -407,7 +407,8 @@ def test_a_folder_that_is_tidied_away_is_made_again(root):
     done = threading.Event()
 
     def tidy() -> None:
-        while not done.is_set():
+        # not in a tight loop: two threads of one process would take turns at every call
+        while not done.wait(0.0005):
             root.place.tidy("leases")
 
     with ThreadPoolExecutor(1) as pool:
