@@ -1,4 +1,4 @@
-# make demo   the whole way on a small cohort made from a seed, about two minutes
+# make demo   the whole way on a small cohort made from a seed, two to four minutes
 # make test   lint, types, import rules and tests
 # Both set up .venv by themselves the first time.
 # make audit  known holes in the locked packages; asks a database over the network, and fails where it cannot

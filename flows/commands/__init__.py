@@ -26,9 +26,7 @@ def _demo(options: Namespace) -> Result:
     return demo()
 
 
-DEMO = Command(
-    "demo", "the whole way on a cohort made from a seed, in about two minutes on two cores", "api", no_arguments, _demo
-)
+DEMO = Command("demo", "the whole way on a cohort made from a seed, in two to four minutes", "api", no_arguments, _demo)
 
 COMMANDS = {
     command.name: command
