@@ -103,10 +103,9 @@ class SegmentPool:
         return self.engines.segment_workers > 1
 
     def close(self) -> None:
-        """End the actors."""
-        for worker in self._workers:
-            self._actors.end(worker.handle)
-        self._workers.clear()
+        """End the actors; the next run starts others."""
+        for worker in list(self._workers):
+            self._dismiss(worker)
 
     # --- the loop
 

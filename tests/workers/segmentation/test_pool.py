@@ -170,6 +170,13 @@ def test_the_second_try_of_a_night_fences_the_first(root: Root, pool_of: Callabl
         assert root.names("leases") == []
 
 
+def test_a_pool_that_was_closed_starts_other_actors(root: Root, pool_of: Callable[..., SegmentPool]) -> None:
+    pool = pool_of()
+    assert states(pool.run(jobs("plain-a"))) == {"plain-a": ("computed",)}
+    pool.close()
+    assert states(pool.run(jobs("plain-b", "plain-c"))) == dict.fromkeys(("plain-b", "plain-c"), ("computed",))
+
+
 def test_what_may_not_begin_is_left(root: Root, pool_of: Callable[..., SegmentPool]) -> None:
     found = pool_of().run(jobs("a", "b", "c"), may_begin=lambda job: job.case.id != "b")
     assert states(found) == {"a": ("computed",), "c": ("computed",)}
