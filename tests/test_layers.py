@@ -63,7 +63,7 @@ IMPURE = {
 ORDER = (
     "harmless", "markdown", "failpoints", "outputs", "storage", "identity", "ledger", "beside", "leases", "formats",
     "dicom", "sources", "cohort", "registry", "engines", "segmentation", "training", "nights", "reports", "settings",
-    "care", "delivery", "ingest", "preprocess", "evaluate",
+    "care", "delivery", "ingest", "stretches", "preprocess", "evaluate",
 )  # fmt: skip
 """Folders and modules of workers; each imports only itself and those before it here."""
 

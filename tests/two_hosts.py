@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.flows.command import until
 from tests.namespaces import Host, machines
 from tests.object_store import ObjectStore, start_object_store
@@ -37,6 +39,7 @@ ray_address = "{head}:{ray_port}"
 segment_workers = 2
 segment_cpus = 1
 ray_wait_s = 300
+train_hang_s = 45
 
 [dask_tls]
 ca_file = "{tls.ca_file}"
@@ -89,6 +92,12 @@ def executed(host: Host, point: str) -> Counter[str]:
     log = host.tmp / EXECUTIONS
     lines = (line.split() for line in log.read_text("utf-8").splitlines()) if log.exists() else ()
     return Counter(key for where, key, _ in lines if where == point)
+
+
+def raylet(host: Host) -> psutil.Process:
+    """A host's node of Ray."""
+    (found,) = [process for process in host.processes() if process.name() == "raylet"]
+    return found
 
 
 @contextmanager

@@ -39,13 +39,14 @@ _PER_AXIS = {"spacing_mm": "spacing", "extent_mm": "extent"}
 
 
 class Sample:
-    """Some voxels of channels (C, Z, Y, X) of a shape, of which planes are added from the first on."""
+    """Some voxels of channels (C, Z, Y, X) of a shape. Planes are added in turn, and samples of other planes joined."""
 
-    def __init__(self, shape: Sequence[int]) -> None:
+    def __init__(self, shape: Sequence[int], first: int = 0) -> None:
+        """``first``: the plane that is added first."""
         self._step = max(1, int(np.ceil((prod(shape[1:]) / SAMPLED) ** (1 / 3))))
         self._lowest: list[np.ndarray] = []
-        self._planes: list[np.ndarray] = []
-        self._seen = 0
+        self._taken: list[np.ndarray] = []
+        self._next = first
 
     @classmethod
     def of(cls, voxels: np.ndarray) -> Sample:
@@ -56,15 +57,23 @@ class Sample:
 
     def add(self, planes: np.ndarray) -> None:
         """The next planes (C, n, Y, X)."""
-        self._lowest.append(planes.min(axis=(1, 2, 3)))
-        first = -self._seen % self._step
-        self._planes.append(planes[:, first :: self._step, :: self._step, :: self._step].copy())
-        self._seen += planes.shape[1]
+        first = -self._next % self._step
+        taken = planes[:, first :: self._step, :: self._step, :: self._step]
+        self.join(planes.min(axis=(1, 2, 3)), taken.reshape(len(planes), -1).copy())
+        self._next += planes.shape[1]
+
+    def join(self, lowest: np.ndarray, taken: np.ndarray) -> None:
+        """What :meth:`told` says of other planes."""
+        self._lowest.append(lowest)
+        self._taken.append(taken)
+
+    def told(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of every channel its lowest value (C,), and the voxels that were taken (C, n)."""
+        return np.min(self._lowest, axis=0), np.concatenate(self._taken, axis=1)
 
     def percentiles(self) -> list[list[float]]:
         """Of every channel's foreground."""
-        lowest, voxels = np.min(self._lowest, axis=0), np.concatenate(self._planes, axis=1)
-        return [_percentiles(channel, low) for channel, low in zip(voxels, lowest, strict=True)]
+        return [_percentiles(channel, low) for low, channel in zip(*self.told(), strict=True)]
 
 
 def profile(image: Volume, normalised: Sample) -> Profile:
@@ -72,12 +81,16 @@ def profile(image: Volume, normalised: Sample) -> Profile:
 
     Foreground is what lies above a channel's minimum, as for the normalisation.
     """
+    return {**profile_as_it_came(image), "normalised": normalised.percentiles()}
+
+
+def profile_as_it_came(image: Volume) -> Profile:
+    """Those figures that need nothing of the network's grid."""
     grid = canonical(image)[0].geometry
     return {
         "spacing_mm": [_rounded(mm) for mm in grid.spacing_mm],
         "extent_mm": [_rounded(n * mm) for n, mm in zip(grid.shape, grid.spacing_mm, strict=True)],
         "intensities": Sample.of(image.voxels).percentiles(),
-        "normalised": normalised.percentiles(),
     }
 
 

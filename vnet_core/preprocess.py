@@ -20,7 +20,7 @@ from vnet_core.geometry import ANISOTROPIC, Geometry, check_label_grid, to_canon
 from vnet_core.geometry import resampled as resampled_geometry
 from vnet_core.resample import averaged, coordinates, decided, labels, nearest, nearest_labels, planes_for
 from vnet_core.sections import PreprocessPlan
-from vnet_core.volume import Volume, canonical, crop, foreground_box, slabs_of
+from vnet_core.volume import Volume, Voxels, canonical, crop, foreground_box, slabs_of
 
 BIAS_MM = 4.0
 """Voxels of the copy on which the bias field is found."""
@@ -69,54 +69,58 @@ def planned(image: Volume, label: Volume | None, plan: PreprocessPlan) -> Prepar
     scales = tuple(_scale(source, channel, plan) for channel, source in enumerate(scan.voxels))
     scan = crop(scan, start, stop)
     target = None if label is None else crop(canonical(label)[0], start, stop).labels
-    return Preparation(scan, target, plan, scales, resampled_geometry(scan.geometry, plan.spacing_mm))
+    return Preparation(scan.voxels, target, scan.geometry, scales, plan)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Preparation:
     """A scan that is brought onto the network's grid, of which any planes along z can be had: each alone has the voxels
-    that it has among all, to the last bit."""
+    that it has among all, to the last bit. No more of the scan is looked at than it takes."""
 
-    scan: Volume
-    """(C, Z, Y, X), canonical axes, cropped, as stored; a view."""
-    labels: np.ndarray | None
+    scan: Voxels
+    """(C, Z, Y, X), canonical axes, cropped, as stored."""
+    labels: Voxels | None
     """(Z, Y, X), on the same grid."""
-    plan: PreprocessPlan
+    scan_grid: Geometry
     scales: tuple[tuple[float, float], ...]
     """Of each channel what is subtracted, and by what it is divided then."""
-    geometry: Geometry
-    """The network's grid."""
+    plan: PreprocessPlan
+
+    @property
+    def geometry(self) -> Geometry:
+        """The network's grid."""
+        return resampled_geometry(self.scan_grid, self.plan.spacing_mm)
 
     def image(self, planes: slice) -> np.ndarray:
         """Planes (C, n, Y, X) of the image, float32, normalised."""
-        at, step = coordinates(self.scan.geometry, self.geometry), self._step()
+        at, step = coordinates(self.scan_grid, self.geometry), self._step()
         if self.plan.interpolation == "anisotropic":
-            spacing = self.scan.geometry.spacing_mm
+            spacing = self.scan_grid.spacing_mm
             for axis in range(3):
                 if spacing[axis] > ANISOTROPIC * min(spacing):
                     at, step[axis] = nearest(at, axis), 1.0
-        part = planes_for(at, step, self.scan.geometry.shape[0], planes)
-        values = torch.from_numpy(_scaled(self.scan.voxels[:, part.held], self.scales, self.plan))
+        part = planes_for(at, step, self.scan_grid.shape[0], planes)
+        values = torch.from_numpy(_scaled(self.scan[:, part.held], self.scales, self.plan))
         return np.ascontiguousarray(averaged(values, at, step, part).numpy())
 
     def label(self, planes: slice) -> np.ndarray:
         """Planes (n, Y, X) of the label map."""
         assert self.labels is not None, "a case without a label has none"
-        at = coordinates(self.scan.geometry, self.geometry)
+        at = coordinates(self.scan_grid, self.geometry)
         if self.plan.label_interpolation == "nearest":
             return nearest_labels(self.labels, at, planes)
         return labels(self.labels, at, planes)
 
     def planes_within(self, limit_bytes: int) -> int:
         """Planes that can be had at once within a limit of memory, at least one."""
-        _, y, x = self.scan.geometry.shape
+        _, y, x = self.scan_grid.shape
         _, target_y, target_x = self.geometry.shape
-        per_plane = SLAB_COPIES * 4 * len(self.scan.voxels) * max(y * x, target_y * target_x)
+        per_plane = SLAB_COPIES * 4 * self.scan.shape[0] * max(y * x, target_y * target_x)
         return max(1, int(limit_bytes / (per_plane * max(1.0, self._step()[0]))))
 
     def _step(self) -> list[float]:
         """Distance of target voxels along (z, y, x) in source voxels."""
-        return [new / old for new, old in zip(self.plan.spacing_mm, self.scan.geometry.spacing_mm, strict=True)]
+        return [new / old for new, old in zip(self.plan.spacing_mm, self.scan_grid.spacing_mm, strict=True)]
 
 
 def without_bias(scan: Volume) -> Volume:

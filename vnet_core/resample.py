@@ -16,6 +16,7 @@ import torch
 from vnet_core.blocks import Region
 from vnet_core.decide import Decision
 from vnet_core.geometry import Geometry, Shape
+from vnet_core.volume import Voxels
 
 Coordinates = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Fractional source index of every target index along (z, y, x); float64, one 1-D array per axis."""
@@ -156,14 +157,16 @@ def _mean_axis(
     return result
 
 
-def nearest_labels(values: np.ndarray, at: Coordinates, wanted: slice = slice(None)) -> np.ndarray:
+def nearest_labels(values: Voxels, at: Coordinates, wanted: slice = slice(None)) -> np.ndarray:
     """Label map (Z, Y, X) of integers at ``at``: the label of the nearest voxel; halves go up. Same dtype. Only the
     ``wanted`` planes are made."""
     z, y, x = (np.clip(np.floor(c + 0.5), 0, n - 1).astype(np.int64) for c, n in zip(at, values.shape, strict=True))
-    return np.ascontiguousarray(values[np.ix_(z[wanted], y, x)])
+    z = z[wanted]
+    held = values[int(z.min()) : int(z.max()) + 1]
+    return np.ascontiguousarray(held[np.ix_(z - z.min(), y, x)])
 
 
-def labels(values: np.ndarray, at: Coordinates, wanted: slice = slice(None)) -> np.ndarray:
+def labels(values: Voxels, at: Coordinates, wanted: slice = slice(None)) -> np.ndarray:
     """Label map (Z, Y, X) of integers at ``at``: the label whose indicator, interpolated linearly, is largest.
 
     Labels are never interpolated as numbers. Ties go to the smaller value. Same dtype as ``values``. Only the
@@ -171,7 +174,7 @@ def labels(values: np.ndarray, at: Coordinates, wanted: slice = slice(None)) -> 
     """
     if all(np.array_equal(c, np.arange(n)) for c, n in zip(at, values.shape, strict=True)):
         return values[wanted].copy()
-    planes = planes_for(at, (1.0, 1.0, 1.0), len(values), wanted)
+    planes = planes_for(at, (1.0, 1.0, 1.0), values.shape[0], wanted)
     held = values[planes.held]
     shape = (len(at[0][wanted]), len(at[1]), len(at[2]))
     best, result = torch.zeros(shape), np.zeros(shape, values.dtype)

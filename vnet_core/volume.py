@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,6 +13,21 @@ from vnet_core.geometry import Geometry, Reorientation, Shape, cropped, to_canon
 
 SLAB_VOXELS = 1 << 20
 """Voxels of a volume that are looked at together while something is found of all of them."""
+
+
+class Voxels(Protocol):
+    """An array in memory, or in a store of which a part is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels along every axis."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As stored."""
+
+    def __getitem__(self, region: slice | tuple[slice, ...], /) -> np.ndarray:
+        """A part."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,6 +1,6 @@
 """Who works on what: two runs of one cohort at once never do the same case, and what a dead run held is taken over.
 
-A run is alive as long as its object ``runs/<run>.json`` is young and, where it is of this machine, its process exists.
+A run is alive as long as its object ``runs/<run>.json`` is young and its process exists, where that can be seen.
 A claim on a piece of work is the object ``leases/<digest of the work's key>-<number>.json`` with the highest number;
 numbers are created exclusively, so of two runs one gets it. The number fences: a run that was taken for dead and wakes
 finds a higher one and must not publish. A claim that is given back is removed with those before it.
@@ -11,11 +11,13 @@ The clocks of machines that share a root must agree to within seconds.
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from uuid import uuid4
 
 import psutil
@@ -115,7 +117,7 @@ def run(root: Root) -> Iterator[Run]:
     """A live run for the time of the block."""
     key = f"runs/{uuid4().hex}"
     process = psutil.Process()
-    facts = {"host": socket.gethostname(), "pid": process.pid, "born": process.create_time()}
+    facts = {"host": process_table(), "pid": process.pid, "born": process.create_time()}
 
     def beat() -> None:
         root.put_json(f"{key}.json", {**facts, "beat": datetime.now(UTC).isoformat()})
@@ -138,9 +140,19 @@ def is_alive(root: Root, run_id: str) -> bool:
     except StorageError as error:
         raise_if_silent(error)
         return False
-    if facts["host"] == socket.gethostname() and not _is_process(facts["pid"], facts["born"]):
+    if facts["host"] == process_table() and not _is_process(facts["pid"], facts["born"]):
         return False
     return (datetime.now(UTC) - datetime.fromisoformat(facts["beat"])).total_seconds() < GRACE_S
+
+
+def process_table() -> str:
+    """Names the processes that this one can see. The host's name alone does not: two containers may have the same."""
+    name = socket.gethostname()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{name} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return name
 
 
 def _is_process(pid: int, born: float) -> bool:

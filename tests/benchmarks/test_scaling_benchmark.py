@@ -20,8 +20,9 @@ def run(output: Path, *arguments: str) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_it_runs(tmp_path: Path) -> None:
-    size = ["--pairs", "1", "--cases", "2", "--side", "16", "--handed-out", "400"]
-    pair, few, many = run(tmp_path / "result.md", *size)
+    size = ["--pairs", "2", "--cases", "2", "--side", "16", "--width", "2", "--handed-out", "400"]
+    pair, again, few, many = run(tmp_path / "result.md", *size)
+    assert float(again[3]) > 0
     one, two, ratio = map(float, pair[1:])
     assert one > 0
     assert two > 0
@@ -31,6 +32,6 @@ def test_it_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_cases_cost_no_more_per_case_with_64_actors_than_with_4(tmp_path: Path) -> None:
-    *_, few, many = run(tmp_path / "result.md", "--pairs", "1", "--cases", "2", "--side", "16")
+    *_, few, many = run(tmp_path / "result.md", "--pairs", "1", "--cases", "2", "--side", "16", "--width", "2")
     assert few[1] == many[1] == "10000"
     assert float(many[3]) < 2 * float(few[3])

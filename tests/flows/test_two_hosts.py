@@ -4,7 +4,7 @@ where one of the two is lost while it works."""
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from tests.flows.command import Command, until
 from tests.flows.command import receipts as receipts_in_folder
 from tests.flows.conftest import nightly
 from tests.flows.test_bucket_night import receipts
-from tests.namespaces import why_not
+from tests.namespaces import Host, why_not
 from tests.object_store import WRITER, forget_connections, use_identity
-from tests.two_hosts import TwoHosts, two_hosts
-from tests.workers.tiny_cohort import take_in
+from tests.two_hosts import TwoHosts, raylet, two_hosts
+from tests.workers.tiny_cohort import take_in, write_labelled
 from tests.workers.untrained_model import publish_untrained
 from vnet_core.phantoms import LABELS, PhantomSpec, phantom
 from vnet_core.plan import Plan
@@ -37,6 +37,25 @@ PLAN = {
     "training": {"patch_size": [16, 16, 16]},
 }
 """A network that takes most of a second for a case, so that one host cannot do all before the other has begun."""
+STEPS = 6000
+TRAINED = """
+[preprocess]
+spacing_mm = [2.0, 2.0, 2.0]
+[network]
+kernel_size = 3
+width = 2
+convolutions = [1, 1]
+[training]
+patch_size = [8, 8, 8]
+batch_size = 2
+validation_fraction = 0.0
+"""
+LOSSES = [
+    pytest.param(Host.pull_cable, id="cable"),
+    pytest.param(lambda host: raylet(host).kill(), id="raylet"),
+    pytest.param(Host.cut_power, id="power"),
+]
+"""A host is cut off, its node of Ray is killed, or all of it stops."""
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +129,9 @@ def test_a_night_on_two_hosts_gives_the_bytes_of_one(hosts: TwoHosts, taken_in: 
     assert [run["state_type"] for run in runs] == ["COMPLETED"]
 
 
-def test_a_host_whose_cable_is_pulled_in_the_midst_of_its_work_changes_no_byte(
-    hosts: TwoHosts, taken_in: Path, on_one: dict[str, Any]
+@pytest.mark.parametrize("lose", LOSSES)
+def test_a_host_that_is_lost_in_the_midst_of_its_work_changes_no_byte(
+    hosts: TwoHosts, taken_in: Path, on_one: dict[str, Any], lose: Callable[[Host], None]
 ) -> None:
     bucket, site = ingested(hosts, taken_in)
     night = hosts.vnet("night", *nightly(), site=site)
@@ -121,7 +141,7 @@ def test_a_host_whose_cable_is_pulled_in_the_midst_of_its_work_changes_no_byte(
         return all(hosts.executions("segment:read").values())
 
     until(both_work, NIGHT_S)
-    hosts.second.pull_cable()
+    lose(hosts.second)
     published = receipts(bucket)
     assert night.wait(NIGHT_S) == 0, hosts.first.said("night")
     assert len(published) < CASES, "the host was lost after all was done"
@@ -132,6 +152,35 @@ def test_a_host_whose_cable_is_pulled_in_the_midst_of_its_work_changes_no_byte(
     assert {case: of_case[case] for case in published} == dict.fromkeys(published, 1)
 
     whole = {stored.key: bucket.get(stored.key) for stored in bucket.walk("results")}
-    hosts.second.plug_in()
-    until(lambda: not [p for p in hosts.second.processes() if "ray::Segmenter" in p.name()], SECONDS_TO_END_S)
+    if lose is Host.pull_cable:
+        hosts.second.plug_in()
+        until(lambda: not [p for p in hosts.second.processes() if "ray::Segmenter" in p.name()], SECONDS_TO_END_S)
     assert {stored.key: bucket.get(stored.key) for stored in bucket.walk("results")} == whole
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_a_training_over_two_hosts_goes_on_with_one_when_the_other_is_lost(
+    hosts: TwoHosts, lose: Callable[[Host], None]
+) -> None:
+    bucket, plan = Root(hosts.store.new_root()), hosts.shared / "plan.toml"
+    plan.write_text(TRAINED, "utf-8")
+    for number in range(4):
+        write_labelled(hosts.shared / "scans", f"case{number}", number)
+    site = hosts.site(bucket.url)
+    hosts.document("ingest", "ingest", hosts.shared / "scans", "--cohort", "train", "--label", "2=cuboid", site=site)
+    order = ("train", "--cohort", "train", "--model", "cuboids", "--plan", plan, "--steps", str(STEPS))
+    training = hosts.vnet("train", *order, "--workers", "1:2", site=site)
+    checkpoints = "training/cuboids/v1/checkpoints"
+
+    def is_under_way() -> bool:
+        assert training.poll() is None, hosts.first.said("train")
+        return any(bucket.receipt(f"{checkpoints}/{step}") for step in bucket.names(checkpoints))
+
+    until(is_under_way, NIGHT_S)
+    lose(hosts.second)
+    assert training.wait(NIGHT_S) == 0, hosts.first.said("train")
+    facts = bucket.get_json("models/cuboids/v1/model.json")["training"]
+    first, *_, last = facts["attempts"]
+    assert (first["from_step"], first["workers"]) == (0, 2)
+    assert 0 < last["from_step"] < facts["steps"] == STEPS
+    assert last["workers"] == 1

@@ -143,3 +143,14 @@ def test_a_sample_is_the_same_however_many_planes_come_at_once(monkeypatch):
         for start in range(0, 23, planes):
             sample.add(voxels[:, start : start + planes])
         assert sample.percentiles() == expected
+
+
+def test_samples_of_stretches_of_planes_joined_are_that_of_all(monkeypatch):
+    monkeypatch.setattr(module, "SAMPLED", 100)
+    voxels = np.random.default_rng(0).normal(size=(2, 23, 12, 14)).astype(np.float32)
+    joined = Sample(voxels.shape)
+    for start in range(0, 23, 10):
+        stretch = Sample(voxels.shape, start)
+        stretch.add(voxels[:, start : start + 10])
+        joined.join(*stretch.told())
+    assert joined.percentiles() == Sample.of(voxels).percentiles()

@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,9 +19,16 @@ import pytest
 from tests.flows.command import until
 from vnet_core.errors import StorageError
 from workers import leases
-from workers.leases import GRACE_S, Claim, Run, check, is_alive, renewed, run, sweep
+from workers.leases import GRACE_S, Claim, Run, check, is_alive, process_table, renewed, run, sweep
 from workers.storage.store import Root
 
+LOOK = """
+import socket, sys
+from workers.leases import is_alive
+from workers.storage.store import Root
+print(socket.gethostname())
+print(is_alive(Root(sys.argv[1]), sys.argv[2]))
+"""
 WORK = "results/liver/a/0123"
 
 
@@ -110,7 +119,7 @@ def test_a_run_elsewhere_lives_as_long_as_it_is_heard_of(root: Root, seconds: fl
 def test_a_run_of_this_machine_is_dead_as_soon_as_its_process_is(root: Root) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     facts = {
-        "host": socket.gethostname(),
+        "host": process_table(),
         "pid": process.pid,
         "born": psutil.Process(process.pid).create_time(),
         "beat": datetime.now(UTC).isoformat(),
@@ -125,6 +134,31 @@ def test_a_run_of_this_machine_is_dead_as_soon_as_its_process_is(root: Root) -> 
     # its number under another process is not the run
     root.put_json("runs/near.json", {**facts, "pid": psutil.Process().pid, "born": 0.0})
     assert not is_alive(root, "near")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="a process table of its own wants root")
+def test_a_run_in_another_container_of_the_same_name_is_not_dead_because_its_process_is_not_seen(root: Root) -> None:
+    with run(root) as own:
+        found = subprocess.run(
+            [
+                "unshare",
+                "--pid",
+                "--fork",
+                "--mount-proc",
+                "--kill-child",
+                sys.executable,
+                "-c",
+                LOOK,
+                root.home,
+                own.id,
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    name, alive = found.stdout.splitlines()
+    assert name == socket.gethostname(), "only the processes are others"
+    assert alive == "True"
 
 
 @pytest.mark.fault("F25")

@@ -4,16 +4,21 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.workers.known_model import known_plan
 from tests.workers.misfortune import Watched, begun
 from tests.workers.tiny_cohort import SPACING_MM, take_in, write_scan
+from vnet_core.errors import StorageError
+from vnet_core.plan import Plan
 from workers.cohort import Case, load_entries, volume_key
 from workers.engines.dask_engine import DaskExecutor, dask_executor
 from workers.ledger import Outcome
 from workers.preprocess import preprocess, preprocess_case
+from workers.storage.arrays import StoredArray
 from workers.storage.store import Root
+from workers.stretches import count_of, join, prepare_stretch, scan_key, stretch_key
 
 PLAN = known_plan(SPACING_MM, crop=False)
 FINE = [f"fine-{number}" for number in range(5)]
@@ -82,17 +87,92 @@ def test_a_thread_pool_does_the_same(scans, tmp_path: Path) -> None:
     assert len(volumes(root)) == len(scans)
 
 
-def test_a_volume_has_the_same_files_however_little_memory_it_is_made_in(scans, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("workers.storage.arrays.CHUNK_EDGE", 4)
-    monkeypatch.setattr("workers.storage.arrays.SHARD_EDGE", 8)
+LITTLE_GIB = 1e-5
+
+
+def in_memory_of(gib: float, **preprocess: str) -> Plan:
+    return PLAN.model_copy(
+        update={
+            "inference": PLAN.inference.model_copy(update={"memory_limit_gib": gib}),
+            "preprocess": PLAN.preprocess.model_copy(update=preprocess),
+        }
+    )
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a small scan has several: in this process and its threads."""
+    monkeypatch.setattr("workers.storage.arrays.CHUNK_EDGE", 2)
+    monkeypatch.setattr("workers.storage.arrays.SHARD_EDGE", 4)
+
+
+@pytest.mark.parametrize("bias_field", ["none", "n4"])
+def test_a_volume_has_the_same_files_in_stretches_as_whole(
+    scans, small_shards, tmp_path: Path, bias_field: str
+) -> None:
     found = []
-    for limit_gib in (4.0, 1e-5):
-        inference = PLAN.inference.model_copy(update={"memory_limit_gib": limit_gib})
-        plan, root = PLAN.model_copy(update={"inference": inference}), Root(tmp_path / f"{limit_gib}")
-        assert preprocess_case(root.url, scans[0], plan).state == "computed"
-        found.append(root.receipt(volume_key(scans[0], plan)))
-    assert found[0]["files"] == found[1]["files"]
-    assert found[0]["profile"] == found[1]["profile"]
+    for limit_gib in (4.0, LITTLE_GIB):
+        plan, root = in_memory_of(limit_gib, bias_field=bias_field), Root(tmp_path / f"{limit_gib}")
+        told: list[Outcome] = []
+        with ThreadPoolExecutor(2) as executor:
+            outcomes = preprocess(root, scans[:2], plan, executor, told.append)
+        assert [(outcome.case, outcome.state) for outcome in outcomes] == [(c.id, "computed") for c in scans[:2]]
+        assert sorted(outcome.case for outcome in told) == [case.id for case in scans[:2]], "each is told once"
+        assert sorted(volumes(root)) == sorted(volume_key(c, plan).partition("/")[2] for c in scans[:2])
+        found.append([root.receipt(volume_key(case, plan)) for case in scans[:2]])
+    for whole, joined in zip(*found, strict=True):
+        differing = {name for name in whole if whole[name] != joined[name]}
+        assert whole.keys() == joined.keys()
+        assert differing <= {"seconds", "peak_bytes", "finished"}
+
+
+def test_a_case_in_stretches_goes_on_from_those_that_are_done(
+    scans, small_shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, root, case = in_memory_of(LITTLE_GIB), Root(tmp_path / "root"), scans[0]
+    volume = volume_key(case, plan)
+    assert preprocess_case(root.url, case, plan).key == scan_key(volume)
+    assert count_of(root, volume) == 2
+    assert prepare_stretch(root.url, case, plan, 1).key == stretch_key(volume, 1)
+    assert join(root.url, case, plan).codes == ("store.missing",), "the other stretches are not there"
+    before = root.receipt(stretch_key(volume, 1))
+    again: dict[str, int] = {}
+    made = StoredArray.write
+
+    def counted(self: StoredArray, values: np.ndarray, *region: slice) -> None:
+        again[self.prefix] = again.get(self.prefix, 0) + 1
+        made(self, values, *region)
+
+    monkeypatch.setattr(StoredArray, "write", counted)
+    with ThreadPoolExecutor(1) as executor:
+        (outcome,) = preprocess(root, [case], plan, executor)
+    assert (outcome.state, outcome.key) == ("computed", volume)
+    assert before is not None
+    assert again.keys() == {volume}, "the scan is not read again"
+    assert volumes(root).keys() == {volume.partition("/")[2]}
+
+
+def test_a_stretch_that_fails_fails_its_case_alone(
+    scans, small_shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, root = in_memory_of(LITTLE_GIB), Root(tmp_path / "root")
+    bad = volume_key(scans[0], plan)
+    whole = StoredArray.whole
+
+    def damaged(self: StoredArray) -> StoredArray:
+        if self.prefix == scan_key(bad):
+            raise StorageError("store.corrupt", "damaged on purpose")
+        return whole(self)
+
+    monkeypatch.setattr(StoredArray, "whole", damaged)
+    told: list[Outcome] = []
+    with ThreadPoolExecutor(2) as executor:
+        outcomes = preprocess(root, scans[:2], plan, executor, told.append)
+    assert [(outcome.state, outcome.codes) for outcome in outcomes] == [
+        ("failed", ("store.corrupt",)),
+        ("computed", ()),
+    ]
+    assert len(told) == 2, "a case is told once, however many of its stretches fail"
 
 
 def test_a_case_that_is_done_again_finds_its_receipt(scans, tmp_path: Path) -> None:

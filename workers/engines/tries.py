@@ -227,7 +227,7 @@ class Tries:
 
     def _lost(self, work: Work, mark: str) -> None:
         """What follows when a case comes back without an outcome."""
-        losses = self._losses.setdefault(work.case, _Losses([]))
+        losses = self._losses.setdefault(work.key, _Losses([]))
         worker = self._begun(mark)
         if worker:
             losses.deaths.append(worker)

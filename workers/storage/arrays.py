@@ -56,15 +56,26 @@ def write_in_slabs(
     root: Root, prefix: str, arrays: Mapping[str, InSlabs], attributes: dict[str, Any], planes: int
 ) -> None:
     """As :func:`write_arrays`, so many planes along z at a time; the files are the same."""
+    create_arrays(root, prefix, arrays, attributes)
+    for name, array in arrays.items():
+        write_planes(StoredArray(root, prefix, name), array, slice(0, array.shape[-3]), planes)
+
+
+def create_arrays(root: Root, prefix: str, arrays: Mapping[str, InSlabs], attributes: dict[str, Any]) -> None:
+    """The group of :func:`write_in_slabs` with arrays whose planes are still to be written."""
     root.delete(prefix)
-    step = planes // CHUNK_EDGE * CHUNK_EDGE or planes  # else chunks would be written twice
     with root.room():
         group = zarr.open_group(zarr_store(root, prefix), mode="w", zarr_format=3, attributes=attributes)
         for name, array in arrays.items():
-            target = _create(group, name, array.shape, array.dtype, _usual(array.shape))
-            for start in range(0, array.shape[-3], step):
-                wanted = slice(start, min(start + step, array.shape[-3]))
-                target[..., wanted, :, :] = array.planes(wanted)
+            _create(group, name, array.shape, array.dtype, _usual(array.shape))
+
+
+def write_planes(target: StoredArray, array: InSlabs, wanted: slice, planes: int) -> None:
+    """The ``wanted`` planes of an array that was created, so many at a time. They begin and end with a shard."""
+    step = planes // CHUNK_EDGE * CHUNK_EDGE or planes  # else chunks would be written twice
+    for start in range(wanted.start, wanted.stop, step):
+        part = slice(start, min(start + step, wanted.stop))
+        target.write(array.planes(part), ..., part, slice(None), slice(None))
 
 
 def _write(group: zarr.Group, name: str, array: np.ndarray, dimension_names: Sequence[str] | None = None) -> None:
@@ -77,6 +88,11 @@ def _usual(shape: Sequence[int]) -> tuple[Shape, Shape]:
     # a shard is a whole number of chunks
     a, b, c = (e * max(1, min(SHARD_EDGE // e, -(-n // e))) for e, n in zip((z, y, x), shape[-3:], strict=True))
     return (z, y, x), (a, b, c)
+
+
+def shard_planes(shape: Sequence[int]) -> int:
+    """Planes along z of one shard of an array of this shape."""
+    return _usual(shape)[1][0]
 
 
 def _create(
@@ -218,7 +234,11 @@ class StoredArray:
         with self._sound():
             return np.asarray(self._array[region])
 
-    def write(self, values: np.ndarray, *region: slice) -> None:
+    def __getitem__(self, region: slice | tuple[slice, ...]) -> np.ndarray:
+        """As :meth:`read`."""
+        return self.read(*(region if isinstance(region, tuple) else (region,)))
+
+    def write(self, values: np.ndarray, *region: slice | EllipsisType) -> None:
         """Replace a region; StorageError ``store.full`` when no space is left."""
         with self.root.room():
             self._array[region] = values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -16,6 +16,7 @@ from workers.training.validations import Validation, keep_the_best, load_validat
 
 LOOK_SECONDS = 1.0
 """How often it is looked for new snapshots."""
+GIVE_UP_SECONDS = 5.0
 ATTEMPTS = 2
 
 OnValidation = Callable[[Run, Validation], None]
@@ -25,19 +26,29 @@ OnValidation = Callable[[Run, Validation], None]
 def validated_beside(root: Root, runs: Sequence[Run], engines: Engines, on_validation: OnValidation) -> Iterator[None]:
     """Judge the snapshots that the runs leave within the block, one at a time, and at its end those that still wait.
 
-    Where the block is left by an exception, the rest waits for the next attempt.
+    Where the block is left by an exception, the rest waits for the next attempt, and so does what does not end within
+    ``GIVE_UP_SECONDS``: where Ray is lost it answers no more.
     """
-    over, given_up = threading.Event(), threading.Event()
-    with ThreadPoolExecutor(1, thread_name_prefix="vnet-validation") as pool:
-        watch = pool.submit(_watch, root, runs, engines, on_validation, over, given_up)
+    over, given_up, ended = threading.Event(), threading.Event(), Future[None]()
+
+    def watch() -> None:
         try:
-            yield
-        except BaseException:
-            given_up.set()
-            raise
-        finally:
-            over.set()
-        watch.result()
+            _watch(root, runs, engines, on_validation, over, given_up)
+            ended.set_result(None)
+        except BaseException as error:  # noqa: BLE001  raised again in the thread that waits
+            ended.set_exception(error)
+
+    # no thread of a pool: the interpreter would wait for it at its end
+    threading.Thread(target=watch, name="vnet-validation", daemon=True).start()
+    try:
+        yield
+    except BaseException:
+        given_up.set()
+        over.set()
+        wait([ended], timeout=GIVE_UP_SECONDS)
+        raise
+    over.set()
+    ended.result()
 
 
 def _watch(

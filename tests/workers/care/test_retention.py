@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -29,6 +28,7 @@ from vnet_core.errors import StorageError
 from workers.care.fsck import fsck, results_of
 from workers.care.retention import Spare, collect, spares
 from workers.cohort import remove_entry, result_key, volume_key
+from workers.leases import process_table
 from workers.ledger import Outcome
 from workers.nights.decisions import Decision, record
 from workers.registry.aliases import promote
@@ -231,7 +231,7 @@ def test_what_died_runs_left_goes_without_a_rule(root: Root) -> None:
     (root.home / "nights/liver/.put-abc").write_bytes(b"half")
     (root.home / "private/archives/x/.unpacking-y").mkdir(parents=True)
     process = psutil.Process()
-    dead = {"host": socket.gethostname(), "pid": process.pid, "born": 0.0, "beat": NOW.isoformat()}
+    dead = {"host": process_table(), "pid": process.pid, "born": 0.0, "beat": NOW.isoformat()}
     root.put_json("runs/dead.json", dead)
     root.put_json("leases/work-00000001.json", {"run": "dead"})
     shutil.copytree(file_of(root, "models/organs/v1"), file_of(root, "models/organs/v9"))
@@ -269,7 +269,7 @@ def test_what_a_run_has_finished_since_it_was_found_stays(root: Root) -> None:
 def test_nothing_goes_while_a_run_is_at_work(root: Root) -> None:
     process = psutil.Process()
     beat = datetime.now(UTC).isoformat()
-    facts = {"host": socket.gethostname(), "pid": process.pid, "born": process.create_time(), "beat": beat}
+    facts = {"host": process_table(), "pid": process.pid, "born": process.create_time(), "beat": beat}
     root.put_json("runs/alive.json", facts)
     before = everything(root)
     found = spares(root, STRICT, NOW)

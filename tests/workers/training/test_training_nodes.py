@@ -36,11 +36,11 @@ def cluster() -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def trained(root: Root, name: str, cluster: Cluster) -> dict[str, Any]:
+def trained(root: Root, name: str, cluster: Cluster, steps: int = STEPS) -> dict[str, Any]:
     """Facts of a training by one or two workers."""
     plan = ball_plan(optimiser="sgd", learning_rate=1e-3)
     engines = Engines(ray_address=cluster.address, cpus=2, train_workers=1, train_workers_max=2)
-    training = Training(name, ball_entries(root, plan), plan, Budget(steps=STEPS))
+    training = Training(name, ball_entries(root, plan), plan, Budget(steps=steps))
     return train(root, training, engines).facts["training"]
 
 
@@ -83,7 +83,24 @@ def test_a_lost_node_leaves_the_training_to_the_other(cluster, tmp_path):
     assert "Error" in last["after"]
 
 
-def test_notice_of_a_preemption_is_answered_with_a_checkpoint(cluster, tmp_path):
+def test_a_machine_that_comes_joins_the_training(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("workers.training.train.LOSSES", 0)
+    root = Root(tmp_path)
+
+    def come() -> None:
+        until(lambda: checkpoints(root, "joined"), 240)
+        cluster.add_node(num_cpus=1)
+
+    with beside(come):
+        # Ray looks for room once a minute
+        facts = trained(root, "joined", cluster, 4 * STEPS)
+    assert facts["steps"] == 4 * STEPS
+    assert [attempt["workers"] for attempt in facts["attempts"]] == [1, 2]
+    assert 0 < facts["attempts"][1]["from_step"] < 4 * STEPS
+
+
+def test_notice_of_a_preemption_is_answered_with_a_checkpoint(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("workers.training.train.LOSSES", 0)
     root = Root(tmp_path)
     second = cluster.add_node(num_cpus=1)
 
