@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--width", type=int, default=PLAN.network.width, help="of the network")
     parser.add_argument("--cases", type=int, default=8, help="scans of a run")
-    parser.add_argument("--side", type=int, default=96, help="voxels along an edge of a scan")
+    parser.add_argument("--side", type=int, default=64, help="voxels along an edge of a scan")
     parser.add_argument("--handed-out", type=int, default=10_000, help="cases over which simulated actors sleep")
     parser.add_argument("--hardware", default="this-machine")
     parser.add_argument("--output", type=Path)

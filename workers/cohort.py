@@ -219,6 +219,11 @@ def volume_key(case: Case, plan: Plan) -> str:
     return f"volumes/{digest_of([case.digest, case.label_digest, plan.volume_digest])[:40]}"
 
 
+def scan_key(volume: str) -> str:
+    """Where the scan of a volume lies while several workers prepare stretches of it."""
+    return f"{volume}.scan"
+
+
 def volume_geometry(root: Root, key: str) -> Geometry:
     """The network's grid of a finished volume."""
     receipt = root.receipt(key)

@@ -12,7 +12,7 @@ from vnet_core import geometry as geo
 from vnet_core.drift import Sample, profile_as_it_came
 from vnet_core.errors import ScanError
 from vnet_core.plan import Plan
-from workers.cohort import Case, read_channels, scan_label, source_digest, volume_key
+from workers.cohort import Case, read_channels, scan_key, scan_label, source_digest, volume_key
 from workers.engines.tries import Tries, Work
 from workers.failpoints import fail_point
 from workers.ledger import Costs, Outcome, State, settle
@@ -48,7 +48,7 @@ def preprocess(
 
     def settled_or_divided(outcome: Outcome) -> None:
         case = by_id[outcome.case]
-        if outcome.done and outcome.key != volume_key(case, plan):
+        if outcome.key == scan_key(volume_key(case, plan)):
             divided[case.id] = case
         else:
             settled(outcome)
@@ -113,7 +113,7 @@ def preprocess_case(root_url: str, case: Case, plan: Plan) -> Outcome:
     """
     # bring torch in, which the process that hands out the cases does without
     from vnet_core.preprocess import planned
-    from workers.stretches import arrays_of, divide, is_divided, planes_at_once, scan_key, volume_facts
+    from workers.stretches import arrays_of, divide, is_divided, planes_at_once, volume_facts
 
     for_the_owner_alone()
     root = Root(root_url)

@@ -18,7 +18,7 @@ from vnet_core.errors import StorageError
 from vnet_core.plan import Plan
 from vnet_core.preprocess import Preparation
 from vnet_core.volume import Voxels
-from workers.cohort import Case, volume_key
+from workers.cohort import Case, scan_key, volume_key
 from workers.failpoints import fail_point
 from workers.ledger import Costs, Outcome, State, settle
 from workers.storage.arrays import InSlabs, StoredArray, create_arrays, shard_planes, write_in_slabs, write_planes
@@ -26,11 +26,6 @@ from workers.storage.modes import for_the_owner_alone
 from workers.storage.store import Root
 
 STAGE = "preprocess"
-
-
-def scan_key(volume: str) -> str:
-    """Where the scan of a volume lies while stretches are prepared from it."""
-    return f"{volume}.scan"
 
 
 def stretch_key(volume: str, number: int) -> str:

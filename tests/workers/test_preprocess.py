@@ -1,24 +1,32 @@
 """The stage on real engines: each case once, and what dead workers had in hand again, until its case is to blame."""
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.workers.known_model import known_plan
 from tests.workers.misfortune import Watched, begun
+from tests.workers.through import Through
 from tests.workers.tiny_cohort import SPACING_MM, take_in, write_scan
 from vnet_core.errors import StorageError
+from vnet_core.geometry import Geometry
 from vnet_core.plan import Plan
-from workers.cohort import Case, load_entries, volume_key
+from vnet_core.volume import Volume
+from workers.cohort import Case, load_entries, scan_key, volume_key
 from workers.engines.dask_engine import DaskExecutor, dask_executor
+from workers.engines.tries import Work
 from workers.ledger import Outcome
 from workers.preprocess import preprocess, preprocess_case
+from workers.sources.scans import write_volume
 from workers.storage.arrays import StoredArray
 from workers.storage.store import Root
-from workers.stretches import count_of, join, prepare_stretch, scan_key, stretch_key
+from workers.stretches import count_of, join, prepare_stretch, stretch_key
 
 PLAN = known_plan(SPACING_MM, crop=False)
 FINE = [f"fine-{number}" for number in range(5)]
@@ -173,6 +181,43 @@ def test_a_stretch_that_fails_fails_its_case_alone(
         ("computed", ()),
     ]
     assert len(told) == 2, "a case is told once, however many of its stretches fail"
+
+
+class Mortal(Through):
+    """A Dask cluster of which a worker dies over the second stretch, once."""
+
+    def __init__(self, executor: DaskExecutor, dead: Path) -> None:
+        super().__init__(executor)
+        self._dead = dead
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        return super().submit(dying_once, str(self._dead), fn, *args, **kwargs)
+
+
+def dying_once(dead: str, fn: Callable[..., Any], root_url: str, mark: str, work: Work, *rest: Any) -> Any:
+    """On the worker."""
+    if work.key.endswith(".stretch-1") and not Path(dead).exists():
+        Path(dead).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return fn(root_url, mark, work, *rest)
+
+
+@pytest.mark.fault("F5")
+def test_stretches_of_a_tall_scan_are_shared_among_workers_of_which_one_dies(cluster, tmp_path: Path) -> None:
+    values = np.random.default_rng(3).integers(0, 300, (1, 600, 8, 8)).astype(np.int16)
+    (tmp_path / "scans").mkdir()
+    write_volume(tmp_path / "scans" / "tall.nii", Volume(values, Geometry((600, 8, 8), SPACING_MM, (0.0, 0.0, 0.0))))
+    found = []
+    for name, gib in (("whole", 4.0), ("shared", LITTLE_GIB)):
+        root, plan = Root(tmp_path / name), in_memory_of(gib)
+        take_in(root, "all", [tmp_path / "scans"])
+        cases = [entry.case for entry in load_entries(root, "all")]
+        (outcome,) = preprocess(root, cases, plan, Mortal(cluster, tmp_path / "dead"))
+        assert outcome.state == "computed"
+        found.append(volumes(root))
+    assert found[0] == found[1]
+    assert (tmp_path / "dead").exists(), "a worker died over a stretch"
+    assert len([name for files in found[1].values() for name in files if "/c/" in name]) == 3, "files along z"
 
 
 def test_a_case_that_is_done_again_finds_its_receipt(scans, tmp_path: Path) -> None:
