@@ -95,6 +95,15 @@ class Host:
         space = _space(psutil.Process(self._first))
         return [process for process in psutil.process_iter() if _space(process) == space]
 
+    def named(self, part: str) -> list[psutil.Process]:
+        """Its processes whose name has this part."""
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if part in process.name():
+                    found.append(process)
+        return found
+
     def pull_cable(self) -> None:
         """Nothing comes through any more, and nobody is told."""
         _ip("link", "set", self._cable, "down")

@@ -96,7 +96,7 @@ def executed(host: Host, point: str) -> Counter[str]:
 
 def raylet(host: Host) -> psutil.Process:
     """A host's node of Ray."""
-    (found,) = [process for process in host.processes() if process.name() == "raylet"]
+    (found,) = host.named("raylet")
     return found
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 
 from vnet_core import geometry as geo
 from vnet_core.drift import Sample, profile_as_it_came
-from vnet_core.errors import ScanError
+from vnet_core.errors import ScanError, StorageError
 from vnet_core.plan import Plan
 from workers.cohort import Case, read_channels, scan_key, scan_label, source_digest, volume_key
 from workers.engines.tries import Tries, Work
@@ -91,7 +91,13 @@ def _in_stretches(
     stretches: list[Work] = []
     for case in cases.values():
         volume = volume_key(case, plan)
-        for number in range(count_of(root, volume)):
+        try:
+            count = count_of(root, volume)
+        except StorageError as error:
+            failed.add(case.id)
+            settled(Outcome(case.id, STAGE, "failed", (error.code,), error.message))
+            continue
+        for number in range(count):
             arguments = (root.url, case, plan, number)
             stretches.append(Work(STAGE, case.id, stretch_key(volume, number), prepare_stretch, arguments))
     Tries(root, executor, stretch_is_done, may_go_on).work_off(stretches)

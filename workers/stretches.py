@@ -8,6 +8,8 @@ too, so that a run that was killed goes on from it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,7 @@ def divide(root: Root, volume: str, preparation: Preparation, came: Profile, pla
     if preparation.labels is not None:
         scan["label"] = _as_stored(preparation.labels)
     key, planes = scan_key(volume), planes_at_once(preparation, plan)
+    _clear(root, volume)
     write_in_slabs(root, key, scan, {}, planes)
     create_arrays(root, volume, arrays_of(preparation), {"geometry": geo.to_mapping(preparation.geometry)})
     facts = {
@@ -83,12 +86,13 @@ def prepare_stretch(root_url: str, case: Case, plan: Plan, number: int) -> Outco
         own = stretch_key(volume, number)
         if root.receipt(own):
             return "cached", own, ()
-        preparation = _stored_preparation(root, volume, plan)
-        edge, depth = shard_planes(preparation.geometry.shape), preparation.geometry.shape[0]
-        wanted = slice(number * edge, min((number + 1) * edge, depth))
-        sample = Sample((preparation.scan.shape[0], *preparation.geometry.shape), wanted.start)
-        for name, array in arrays_of(preparation, sample).items():
-            write_planes(StoredArray(root, volume, name), array, wanted, planes_at_once(preparation, plan))
+        with _begun_anew_where_damaged(root, volume):
+            preparation = _stored_preparation(root, volume, plan)
+            edge, depth = shard_planes(preparation.geometry.shape), preparation.geometry.shape[0]
+            wanted = slice(number * edge, min((number + 1) * edge, depth))
+            sample = Sample((preparation.scan.shape[0], *preparation.geometry.shape), wanted.start)
+            for name, array in arrays_of(preparation, sample).items():
+                write_planes(StoredArray(root, volume, name), array, wanted, planes_at_once(preparation, plan))
         lowest, taken = sample.told()
         root.put(f"{own}/sample", taken.tobytes())
         root.seal(own, {"stage": STAGE, "lowest": lowest.tolist(), **costs.facts()})
@@ -107,33 +111,50 @@ def join(root_url: str, case: Case, plan: Plan) -> Outcome:
         volume, costs = volume_key(case, plan), Costs()
         if root.receipt(volume):
             return "cached", volume, ()
-        stored = _scan_receipt(root, volume)
-        preparation = _stored_preparation(root, volume, plan)
-        sample = Sample((preparation.scan.shape[0], *preparation.geometry.shape))
-        peaks = [stored["peak_bytes"]]
-        costs.add(stored["seconds"])
-        keys = [stretch_key(volume, number) for number in range(stored["stretches"])]
-        for key in keys:
-            receipt = root.receipt(key)
-            if receipt is None:
-                raise _gone(key)
-            taken = np.frombuffer(root.get(f"{key}/sample"), np.float32)
-            sample.join(np.array(receipt["lowest"], np.float32), taken.reshape(len(receipt["lowest"]), -1))
-            costs.add(receipt["seconds"])
-            peaks.append(receipt["peak_bytes"])
-        for name in arrays_of(preparation):
-            StoredArray(root, volume, name).whole()
+        with _begun_anew_where_damaged(root, volume):
+            stored = _scan_receipt(root, volume)
+            preparation = _stored_preparation(root, volume, plan)
+            sample = Sample((preparation.scan.shape[0], *preparation.geometry.shape))
+            peaks = [stored["peak_bytes"]]
+            costs.add(stored["seconds"])
+            for number in range(stored["stretches"]):
+                receipt = _receipt(root, key := stretch_key(volume, number))
+                taken = np.frombuffer(root.get(f"{key}/sample"), np.float32)
+                sample.join(np.array(receipt["lowest"], np.float32), taken.reshape(len(receipt["lowest"]), -1))
+                costs.add(receipt["seconds"])
+                peaks.append(receipt["peak_bytes"])
+            for name in arrays_of(preparation):
+                StoredArray(root, volume, name).whole()
         fail_point("preprocess:written")
         profile = {**stored["profile"], "normalised": sample.percentiles()}
         facts = costs.facts()
         facts["peak_bytes"] = max(facts["peak_bytes"], *peaks)
         root.seal(volume, {**volume_facts(case, plan, preparation), "profile": profile, **facts})
         fail_point("preprocess:sealed", volume)
-        for key in (scan_key(volume), *keys):
-            root.delete(key)
+        _clear(root, volume)
         return "computed", volume, ()
 
     return settle(STAGE, case.id, compute)
+
+
+@contextmanager
+def _begun_anew_where_damaged(root: Root, volume: str) -> Iterator[None]:
+    """Where something that was sealed is not whole, take all of it away, so that the next try reads the scan again."""
+    try:
+        yield
+    except StorageError as error:
+        if error.code in ("store.corrupt", "store.missing"):
+            _clear(root, volume)
+        raise
+
+
+def _clear(root: Root, volume: str) -> None:
+    """Take away what lay beside a volume while it was made, what others are told of first."""
+    folder, _, digest = volume.rpartition("/")
+    root.delete(scan_key(volume))
+    for name in root.names(folder):
+        if name.startswith(f"{digest}.stretch-"):
+            root.delete(f"{folder}/{name}")
 
 
 def arrays_of(preparation: Preparation, sample: Sample | None = None) -> dict[str, InSlabs]:
@@ -178,11 +199,11 @@ def _stored_preparation(root: Root, volume: str, plan: Plan) -> Preparation:
 
 
 def _scan_receipt(root: Root, volume: str) -> dict[str, Any]:
-    receipt = root.receipt(scan_key(volume))
+    return _receipt(root, scan_key(volume))
+
+
+def _receipt(root: Root, key: str) -> dict[str, Any]:
+    receipt = root.receipt(key)
     if receipt is None:
-        raise _gone(scan_key(volume))
+        raise StorageError("store.missing", f"{key} is not finished or not there any more; run the same command again")
     return receipt
-
-
-def _gone(key: str) -> StorageError:
-    return StorageError("store.missing", f"{key} is not there any more; run the same command again")

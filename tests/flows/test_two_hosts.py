@@ -154,7 +154,7 @@ def test_a_host_that_is_lost_in_the_midst_of_its_work_changes_no_byte(
     whole = {stored.key: bucket.get(stored.key) for stored in bucket.walk("results")}
     if lose is Host.pull_cable:
         hosts.second.plug_in()
-        until(lambda: not [p for p in hosts.second.processes() if "ray::Segmenter" in p.name()], SECONDS_TO_END_S)
+        until(lambda: not hosts.second.named("ray::Segmenter"), SECONDS_TO_END_S)
     assert {stored.key: bucket.get(stored.key) for stored in bucket.walk("results")} == whole
 
 

@@ -142,7 +142,6 @@ def test_a_case_in_stretches_goes_on_from_those_that_are_done(
     assert preprocess_case(root.url, case, plan).key == scan_key(volume)
     assert count_of(root, volume) == 2
     assert prepare_stretch(root.url, case, plan, 1).key == stretch_key(volume, 1)
-    assert join(root.url, case, plan).codes == ("store.missing",), "the other stretches are not there"
     before = root.receipt(stretch_key(volume, 1))
     again: dict[str, int] = {}
     made = StoredArray.write
@@ -158,6 +157,41 @@ def test_a_case_in_stretches_goes_on_from_those_that_are_done(
     assert before is not None
     assert again.keys() == {volume}, "the scan is not read again"
     assert volumes(root).keys() == {volume.partition("/")[2]}
+
+
+def lose_a_stretch(root: Root, volume: str) -> None:
+    root.delete(stretch_key(volume, 0))
+
+
+def lose_a_file_of_the_volume(root: Root, volume: str) -> None:
+    root.delete(f"{volume}/image/c/0/0/0/0")
+
+
+def damage_the_scan(root: Root, volume: str) -> None:
+    root.delete(stretch_key(volume, 0))
+    root.put(f"{scan_key(volume)}/image/c/0/0/0/0", b"no shard")
+
+
+@pytest.mark.fault("F32")
+@pytest.mark.parametrize("misfortune", [lose_a_stretch, lose_a_file_of_the_volume, damage_the_scan])
+def test_what_is_not_whole_any_more_fails_once_and_is_made_anew_from_the_scan(
+    scans, small_shards, tmp_path: Path, misfortune: Callable[[Root, str], None]
+) -> None:
+    plan, root, case = in_memory_of(LITTLE_GIB), Root(tmp_path / "root"), scans[0]
+    volume = volume_key(case, plan)
+    preprocess_case(root.url, case, plan)
+    for number in range(count_of(root, volume)):
+        prepare_stretch(root.url, case, plan, number)
+    misfortune(root, volume)
+    again = misfortune is damage_the_scan
+    failed = prepare_stretch(root.url, case, plan, 0) if again else join(root.url, case, plan)
+    assert failed.state == "failed"
+    assert failed.codes[0] in ("store.missing", "store.corrupt")
+    with ThreadPoolExecutor(1) as executor:
+        (outcome,) = preprocess(root, [case], plan, executor)
+    assert (outcome.state, outcome.key) == ("computed", volume)
+    assert volumes(root).keys() == {volume.partition("/")[2]}
+    assert root.damaged(volume) == []
 
 
 def test_a_stretch_that_fails_fails_its_case_alone(
