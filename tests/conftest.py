@@ -22,7 +22,14 @@ __all__ = ["object_store", "writable_store"]
 
 TOGETHER = frozenset(
     f"tests/{name}.py"
-    for name in ("flows/test_commands", "flows/test_faults", "flows/test_night_engine", "flows/test_ui", "test_docs")
+    for name in (
+        "flows/test_commands",
+        "flows/test_faults",
+        "flows/test_night_engine",
+        "flows/test_training",
+        "flows/test_ui",
+        "test_docs",
+    )
 )
 """Files whose tests need the walkthrough, or engines that stand ready: both take a minute."""
 

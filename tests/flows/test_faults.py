@@ -99,6 +99,7 @@ def undisturbed(many: Path, site_server: ServerProcess, tmp_path_factory: pytest
 
 
 @pytest.mark.fault("F7", "F10")
+@pytest.mark.faults
 def test_a_night_killed_and_interrupted_goes_on_to_the_same_bytes(
     vnet, at_site, many: Path, undisturbed, tmp_path
 ) -> None:
@@ -242,6 +243,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(vnet, training, whole_tra
     until(lambda: not resumed.left(), 30)
 
 
+@pytest.mark.slow
 def test_two_workers_learn_what_one_does(at_site, training, whole_training: Path) -> None:
     root, arguments = training
     command = at_site(*arguments, "--model", "pair", "--workers", "2", root=root)
@@ -332,6 +334,7 @@ def test_a_root_on_a_read_only_disk_is_told_before_anything_starts(vnet, tmp_pat
 
 
 @pytest.mark.fault("F11")
+@pytest.mark.faults
 def test_a_full_disk_is_told_and_the_same_command_finishes_after_it_was_enlarged(
     vnet, many: Path, undisturbed, tmp_path: Path
 ) -> None:
