@@ -23,8 +23,9 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# tests run side by side, and Ray would let its workers wait for all others
 pytest: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	RAY_worker_niceness=0 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 audit:
 	PYTHON=$(PYTHON) .ci/audit
