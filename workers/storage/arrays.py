@@ -18,6 +18,7 @@ import zarr.abc.store
 import zarr.errors
 import zarr.storage
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
+from zarr.core.array_spec import ArrayConfigParams
 
 from vnet_core.colours import rgb
 from vnet_core.errors import StorageError
@@ -31,6 +32,8 @@ CHUNK_EDGE = 64
 SHARD_EDGE = 256
 """Voxels along each edge of a shard, the unit of writing: one file."""
 _ZYX = ("z", "y", "x")
+_WRITING: ArrayConfigParams = {"write_empty_chunks": True}
+"""How arrays are written; Zarr keeps it nowhere, so whoever opens one says it again."""
 
 
 def write_arrays(root: Root, prefix: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
@@ -120,7 +123,7 @@ def _create(
         filters=None,
         compressors=None,
         dimension_names=dimension_names,
-        config={"write_empty_chunks": True},
+        config=_WRITING,
     )
 
 
@@ -202,7 +205,8 @@ class StoredArray:
         self.root, self.prefix, self.name = root, prefix, name
         with self._sound():
             # ours are of version 3: one of version 2 may name a codec that unpickles
-            self._array = zarr.open_array(zarr_store(root, f"{prefix}/{name}"), mode="r+", zarr_format=3)
+            array = zarr.open_array(zarr_store(root, f"{prefix}/{name}"), mode="r+", zarr_format=3)
+        self._array = array.with_config(_WRITING)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -19,6 +19,8 @@ from workers.storage.arrays import (
     CHUNK_EDGE,
     SHARD_EDGE,
     InSlabs,
+    StoredArray,
+    create_array,
     read_array,
     write_arrays,
     write_in_slabs,
@@ -92,7 +94,7 @@ def test_several_arrays_and_their_attributes(root):
 
 @pytest.mark.parametrize("planes", [1, 50, 64, 100, 128, 1000])
 def test_slabs_leave_the_files_of_the_whole(root, planes):
-    arrays = {"image": noise(2, 150, 70, 9), "label": noise(150, 70, 9, dtype=np.uint8)}
+    arrays = {"image": noise(2, 150, 70, 9), "label": np.zeros((150, 70, 9), np.uint8)}
     write_arrays(root, "whole", arrays, {"a": 1})
     slabs = {
         name: InSlabs(array.shape, array.dtype, lambda wanted, array=array: array[..., wanted, :, :])
@@ -128,6 +130,20 @@ def test_one_file_per_shard_and_chunks_within(root):
 
 
 # --- damage
+
+
+def test_a_region_of_background_is_written_too(root):
+    array = create_array(root, "v/labels", (20, 20, 20), np.dtype(np.uint8), (10, 10, 10), (20, 20, 10))
+    array.write(np.zeros((20, 20, 10), np.uint8), slice(0, 20), slice(0, 20), slice(0, 10))
+    assert "lacks 1 shards, first (0, 0, 1)" in refused_whole(array)
+    StoredArray(root, "v", "labels").write(np.zeros((20, 20, 10), np.uint8), slice(0, 20), slice(0, 20), slice(10, 20))
+    np.testing.assert_array_equal(StoredArray(root, "v", "labels").whole().read(...), 0)
+
+
+def refused_whole(array):
+    with pytest.raises(StorageError) as caught:
+        array.whole()
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("value", [0, 7])
