@@ -220,6 +220,7 @@ def _local(workers: int) -> Iterator[DaskExecutor]:
                 scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
                 # a worker that is ended while it speaks to its scheduler says so with a traceback
                 silence_logs=logging.CRITICAL,
+                preload=["workers.engines.dask_start"],
             ) as cluster,
             distributed.Client(cluster) as client,
         ):
