@@ -65,7 +65,7 @@ def _versions(root: Root, name: str) -> list[dict[str, Any]]:
             row |= {
                 "labels": " ".join(label["name"] for label in facts["labels"]),
                 "networks": len(facts["weights"]),
-                "steps": facts["training"]["steps"],
+                "steps": facts.get("training", {}).get("steps"),
                 "validation_dice": sum(scores) / len(scores) if scores else None,
             }
         rows.append(row)
