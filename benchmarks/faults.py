@@ -53,7 +53,7 @@ FAULTS = tuple(
             ("disk full", "`store.full`, nothing torn; finished once it is enlarged"),
             ("no inodes, quota used up, EIO", "`store.full` or the system's error; what was acknowledged is whole"),
             ("read-only root or folder", "`store.unwritable` before any work, or a failed row for every case"),
-            ("no memory for a task", "`engine.memory` for the case; the next goes on"),
+            ("no memory for a task", "`engine.memory` or `segment.out-of-memory` for the case; the next goes on"),
             ("small /dev/shm", "a whole night"),
             ("S3 answers 500 or 503, now and then or always", "asked again; `store.unavailable` after a bounded time"),
             ("S3 hangs, resets, cuts, lies about length, flips", "asked again or named; never half an object"),
@@ -193,7 +193,7 @@ def _seconds(found: Seen) -> str:
 
 def _shown(tests: Iterable[str]) -> str:
     """Modules of the tests."""
-    files = dict.fromkeys(test.partition("::")[0].removeprefix("tests/") for test in tests)
+    files = dict.fromkeys(test.partition("::")[0] for test in tests)
     return ", ".join(f"`{file}`" for file in files)
 
 
