@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--patch", type=int, default=64, help="edge of the patch")
     parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--foreground", type=float, default=0.5, help="share of patches centred on a labelled voxel")
+    parser.add_argument("--foreground", type=float, default=0.9, help="share of patches centred on a labelled voxel")
     parser.add_argument("--work", type=Path, default=Path("vnet-data/overfit"), help="scratch folder")
     parser.add_argument("--output", type=Path, help="results file (default: benchmarks/results/overfit_...)")
     options = parser.parse_args()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 from vnet_core import geometry as geo
-from vnet_core.drift import Sample, profile_as_it_came
+from vnet_core.drift import Sample, profile, profile_as_it_came
 from vnet_core.errors import ScanError, StorageError
 from vnet_core.plan import Plan
 from workers.cohort import Case, read_channels, scan_key, scan_label, source_digest, volume_key
@@ -135,15 +135,14 @@ def preprocess_case(root_url: str, case: Case, plan: Plan) -> Outcome:
             raise ScanError("scan.changed", "the file's bytes are not those that were ingested; run vnet ingest again")
         fail_point("preprocess:read", key)
         preparation = planned(image, label, plan.preprocess)
-        came = profile_as_it_came(image)
         if is_divided(preparation, plan):
-            return "computed", divide(root, key, preparation, came, plan, costs), ()
+            return "computed", divide(root, key, preparation, profile_as_it_came(image), plan, costs), ()
         sample = Sample((len(plan.channels), *preparation.geometry.shape))
         attributes = {"geometry": geo.to_mapping(preparation.geometry)}
         write_in_slabs(root, key, arrays_of(preparation, sample), attributes, planes_at_once(preparation, plan))
         fail_point("preprocess:written")
-        profile = {**came, "normalised": sample.percentiles()}
-        root.seal(key, {**volume_facts(case, plan, preparation), "profile": profile, **costs.facts()})
+        facts = {**volume_facts(case, plan, preparation), "profile": profile(image, sample), **costs.facts()}
+        root.seal(key, facts)
         fail_point("preprocess:sealed", key)
         return "computed", key, ()
 

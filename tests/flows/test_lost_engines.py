@@ -12,7 +12,7 @@ from tests.flows.command import Command, receipts, until
 from tests.flows.conftest import TINY_CASES as CASES
 from tests.flows.conftest import finished, nightly, rows
 from tests.patience import slowness
-from tests.workers.tiny_cohort import write_labelled
+from tests.workers.tiny_cohort import TRAINED, write_labelled
 from workers.storage.store import Root
 
 pytestmark = pytest.mark.faults
@@ -24,18 +24,6 @@ PROCESSES = [
     pytest.param("raylet/raylet", marks=pytest.mark.fault("F3"), id="raylet"),
     pytest.param("gcs/gcs_server", marks=pytest.mark.fault("F4"), id="gcs_server"),
 ]
-PLAN = """
-[preprocess]
-spacing_mm = [2.0, 2.0, 2.0]
-[network]
-kernel_size = 3
-width = 2
-convolutions = [1, 1]
-[training]
-patch_size = [8, 8, 8]
-batch_size = 2
-full_validation_every = 100
-"""
 
 
 def end_in_time(command: Command, process: str) -> float:
@@ -74,7 +62,7 @@ def test_a_training_that_loses_ray_ends_in_a_minute_and_goes_on_from_its_checkpo
     vnet: Start, tmp_path: Path, process: str, record_property
 ) -> None:
     plan, root = tmp_path / "plan.toml", Root(tmp_path / "root")
-    plan.write_text(PLAN)
+    plan.write_text(f"{TRAINED}full_validation_every = 100\n")
     for number in range(4):
         write_labelled(tmp_path / "scans", f"case{number}", number)
     taken = vnet("ingest", tmp_path / "scans", "--cohort", "train", "--label", "2=cuboid", root=root.home)

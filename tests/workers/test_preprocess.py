@@ -208,7 +208,8 @@ def test_a_stretch_that_fails_fails_its_case_alone(
 
     monkeypatch.setattr(StoredArray, "whole", damaged)
     told: list[Outcome] = []
-    with ThreadPoolExecutor(2) as executor:
+    # one after the other: what is damaged is taken away, so that a second stretch finds it missing
+    with ThreadPoolExecutor(1) as executor:
         outcomes = preprocess(root, scans[:2], plan, executor, told.append)
     assert [(outcome.state, outcome.codes) for outcome in outcomes] == [
         ("failed", ("store.corrupt",)),

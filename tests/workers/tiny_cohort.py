@@ -22,6 +22,18 @@ SIDE = 8
 SPACING_MM = (2.0, 2.0, 2.0)
 """A voxel is 0.008 mL."""
 MODEL = "known"
+TRAINED = """
+[preprocess]
+spacing_mm = [2.0, 2.0, 2.0]
+[network]
+kernel_size = 3
+width = 2
+convolutions = [1, 1]
+[training]
+patch_size = [8, 8, 8]
+batch_size = 2
+"""
+"""A plan of steps that take next to nothing; further settings of the training may follow."""
 
 
 def write_scan(folder: Path, case: str, seed: int, voxels: int = 8) -> Path:

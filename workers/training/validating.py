@@ -17,6 +17,7 @@ from workers.training.validations import Validation, keep_the_best, load_validat
 LOOK_SECONDS = 1.0
 """How often it is looked for new snapshots."""
 GIVE_UP_SECONDS = 5.0
+"""How long a validation may take to end where the training has ended by an exception."""
 ATTEMPTS = 2
 
 OnValidation = Callable[[Run, Validation], None]
