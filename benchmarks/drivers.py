@@ -3,14 +3,15 @@
     python -m benchmarks.drivers --cases 10000 --workers 64 --seconds 2 --hardware NAME
 
 The stage ``preprocess``, its executor by address, its versions check, marks and receipts are the program's; a case's
-work is a sleep between half and one and a half of ``--seconds``. Scheduler and workers are one other process, in which
-each worker is a Dask worker of one thread on a port of its own. Idle is the time of the workers between the call of the
-stage and its return in which they do not sleep.
+work is a sleep between half and one and a half of ``--seconds``. The scheduler is a process of its own, and so are all
+workers together, each of which is a Dask worker of one thread on a port of its own. Idle is the time of the workers
+between the call of the stage and its return in which they do not sleep.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import multiprocessing
 import random
 import resource
@@ -18,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
@@ -54,7 +55,7 @@ class Measured:
     driver_cpu_s: float
     driver_peak_mib: float
     others_cpu_s: float
-    """Of scheduler and workers, which share a process."""
+    """Of the scheduler and the workers together."""
 
     @property
     def idle(self) -> float:
@@ -122,10 +123,20 @@ def measure(number: int, workers: int, seconds: float) -> Measured:
 
 @contextmanager
 def served(workers: int) -> Iterator[tuple[str, Callable[[], float]]]:
-    """Address of a scheduler with workers in another process, and what tells its processor seconds so far."""
+    """Address of a scheduler with its workers, and what tells the processor seconds of both so far."""
+    with (
+        beside(serve_scheduler) as (address, scheduler_cpu_s),
+        beside(serve_workers, address, workers) as (_, workers_cpu_s),
+    ):
+        yield address, lambda: scheduler_cpu_s() + workers_cpu_s()
+
+
+@contextmanager
+def beside(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[str, Callable[[], float]]]:
+    """What another process says once it serves, and what tells its processor seconds so far."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(workers, theirs), daemon=True)
+    process = context.Process(target=target, args=(*arguments, theirs), daemon=True)
     process.start()
 
     def cpu_s() -> float:
@@ -139,27 +150,40 @@ def served(workers: int) -> Iterator[tuple[str, Callable[[], float]]]:
         process.join()
 
 
-def serve(workers: int, connection: Connection) -> None:
-    """In the other process, until it is told to end."""
+def serve_scheduler(connection: Connection) -> None:
+    """A scheduler, in its process, until it is told to end."""
+    asyncio.run(_scheduler(connection))
+
+
+def serve_workers(address: str, workers: int, connection: Connection) -> None:
+    """All workers, in theirs."""
+    asyncio.run(_workers(address, workers, connection))
+
+
+async def _scheduler(connection: Connection) -> None:
+    import distributed
+
+    async with distributed.Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0") as scheduler:
+        await _serve(scheduler.address, connection)
+
+
+async def _workers(address: str, workers: int, connection: Connection) -> None:
     import distributed
 
     # a worker has a thread, files and connections of its own
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit[1], limit[1]))
-    with distributed.LocalCluster(
-        n_workers=workers,
-        threads_per_worker=1,
-        processes=False,
-        protocol="tcp",
-        host="127.0.0.1",
-        memory_limit=None,
-        dashboard_address=None,
-        scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
-        worker_dashboard_address=None,
-    ) as cluster:
-        connection.send(cluster.scheduler_address)
-        while connection.recv() != "end":
-            connection.send(time.process_time())
+    async with AsyncExitStack() as started:
+        for name in range(workers):
+            one = distributed.Worker(address, name=name, nthreads=1, host="127.0.0.1", memory_limit=0, dashboard=False)
+            await started.enter_async_context(one)
+        await _serve(address, connection)
+
+
+async def _serve(address: str, connection: Connection) -> None:
+    connection.send(address)
+    while await asyncio.to_thread(connection.recv) != "end":
+        connection.send(time.process_time())
 
 
 def lines(found: Measured, seconds: float) -> list[str]:

@@ -1,26 +1,30 @@
 """The catalogue of faults: what is injected, what must happen, and what was seen, in one run of the tests that do it.
 
     python -m benchmarks.faults --page docs/faults.md
+    python -m benchmarks.faults --page docs/faults.md --keep FILE -- tests/flows
 
 Tests name their faults by ``@pytest.mark.fault("F7")``; those that take long are marked ``faults`` too. All of them are
 run, and the table is printed and written to a results file; ``--page`` writes it into a page of the documentation as
-well. Ends with 1 where a test failed or a fault has none.
+well, and ``--keep`` lets several runs add up to one table, in which a test that is run again has its latest outcome.
+Ends with 1 where a test failed or a fault has none.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.machine import RESULTS, provenance, tell
+from benchmarks.machine import RESULTS, commit, provenance, tell
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- table of faults: begin -->", "<!-- table of faults: end -->"
@@ -81,63 +85,61 @@ FAULTS = tuple(
 )
 
 
-@dataclass
-class Seen:
-    """What the tests of one fault came to."""
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one test came to."""
 
-    tests: list[str] = field(default_factory=list)
-    outcomes: list[str] = field(default_factory=list)
-    """passed, failed or skipped, by test."""
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    """Longest time from the fault to the end where a test measured it, else of a whole test."""
-    measured: bool = False
+    faults: tuple[str, ...]
+    outcome: str
+    """passed, failed or skipped."""
+    note: str
+    seconds: float
+    """From the fault to the end where the test measured it, else of the whole test."""
+    measured: bool
+    commit: str
 
 
 class Recorder:
-    """A plugin of pytest that keeps what the tests of faults came to."""
+    """A plugin of pytest that keeps what the tests of faults came to, over what was known of them."""
 
-    def __init__(self) -> None:
-        self.seen: dict[str, Seen] = {}
+    def __init__(self, known: Mapping[str, Outcome], commit: str) -> None:
+        self.outcomes = dict(known)
+        self._commit = commit
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
         """After every phase of every test."""
         report = yield
-        if report.when == "call" or report.outcome != "passed":
-            for marker in item.iter_markers("fault"):
-                for number in marker.args:
-                    self._add(self.seen.setdefault(number, Seen()), item, report)
+        faults = tuple(number for marker in item.iter_markers("fault") for number in marker.args)
+        if faults and (report.when == "call" or report.outcome != "passed"):
+            self.outcomes[item.nodeid] = self._outcome(item, report, faults)
         return report
 
-    def _add(self, seen: Seen, item: pytest.Item, report: pytest.TestReport) -> None:
-        facts = dict(item.user_properties)
-        place = item.nodeid.partition("[")[0]
-        if place not in seen.tests:
-            seen.tests.append(place)
-        seen.outcomes.append(report.outcome)
+    def _outcome(self, item: pytest.Item, report: pytest.TestReport, faults: tuple[str, ...]) -> Outcome:
+        facts: dict[str, Any] = dict(item.user_properties)
         if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
             facts["seen"] = f"left out: {report.longrepr[2].removeprefix('Skipped: ')}"
-        if "seen" in facts and facts["seen"] not in seen.notes:
-            seen.notes.append(str(facts["seen"]))
-        if "seconds" in facts:
-            longest = seen.seconds if seen.measured else 0.0
-            seen.seconds, seen.measured = max(longest, float(facts["seconds"])), True
-        elif not seen.measured:
-            seen.seconds = max(seen.seconds, report.duration)
+        seconds, note = float(facts.get("seconds", report.duration)), str(facts.get("seen", ""))
+        return Outcome(faults, report.outcome, note, seconds, "seconds" in facts, self._commit)
 
 
 def main() -> int:
     options = arguments()
-    recorder = Recorder()
+    kept = read(options.keep) if options.keep else {}
+    recorder = Recorder(kept, commit())
     code = pytest.main(["-m", "fault", "-p", "no:cacheprovider", *options.pytest], plugins=[recorder])
-    lines = ["# Faults", "", *table(recorder.seen), "", *provenance("pytest", "prefect", "ray", "dask", "obstore")]
+    outcomes = recorder.outcomes
+    if options.keep:
+        write(options.keep, outcomes)
+    commits = ", ".join(sorted({outcome.commit for outcome in outcomes.values()}))
+    lines = ["# Faults", "", *table(outcomes), "", f"- commits of the tests: {commits}"]
+    lines += provenance("pytest", "prefect", "ray", "dask", "obstore")
     target = options.output or RESULTS / f"faults_{options.hardware}_{datetime.now(UTC):%Y%m}.md"
     tell(lines, target)
     if options.page:
         text = options.page.read_text("utf-8")
-        options.page.write_text(with_table(text, table(recorder.seen)), "utf-8")
-    missing = [fault.number for fault in FAULTS if fault.number not in recorder.seen]
+        options.page.write_text(with_table(text, table(outcomes)), "utf-8")
+    missing = [fault.number for fault in FAULTS if not of(fault.number, outcomes)]
     if missing:
         print("no test: " + ", ".join(missing))
     return 1 if code or missing else 0
@@ -148,11 +150,33 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hardware", default="2-cores", help="part of the results file's name")
     parser.add_argument("--output", type=Path, help="results file (default: benchmarks/results/faults_...)")
     parser.add_argument("--page", type=Path, help="page of the documentation whose table is written anew")
+    parser.add_argument(
+        "--keep", type=Path, help="file of what each test came to: read before, written after, so that runs add up"
+    )
     parser.add_argument("pytest", nargs="*", help="further arguments of pytest, after --")
     return parser.parse_args()
 
 
-def table(seen: Mapping[str, Seen]) -> list[str]:
+def read(file: Path) -> dict[str, Outcome]:
+    """What tests came to in earlier runs, by test; none where the file does not exist yet."""
+    if not file.exists():
+        return {}
+    told = json.loads(file.read_text("utf-8"))
+    return {test: Outcome(**{**facts, "faults": tuple(facts["faults"])}) for test, facts in told.items()}
+
+
+def write(file: Path, outcomes: Mapping[str, Outcome]) -> None:
+    """The same, for a later run."""
+    told = {test: asdict(outcome) for test, outcome in outcomes.items()}
+    file.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+
+
+def of(number: str, outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    """What the tests of one fault came to, by test."""
+    return {test: outcome for test, outcome in sorted(outcomes.items()) if number in outcome.faults}
+
+
+def table(outcomes: Mapping[str, Outcome]) -> list[str]:
     """The rows, by number."""
     named = marked()
     lines = [
@@ -160,35 +184,38 @@ def table(seen: Mapping[str, Seen]) -> list[str]:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for fault in FAULTS:
-        found = seen.get(fault.number, Seen())
+        found = of(fault.number, outcomes)
         cells = (
             fault.number,
             fault.injected,
             fault.expected,
-            _seen(found, fault.number in named),
-            _seconds(found),
-            _shown(found.tests),
+            _seen(list(found.values()), fault.number in named),
+            _seconds(list(found.values())),
+            _shown(found),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _seen(found: Seen, has_test: bool) -> str:
-    if not found.tests:
+def _seen(found: Sequence[Outcome], has_test: bool) -> str:
+    if not found:
         return "not in this run" if has_test else "no test yet"
-    counts = {outcome: found.outcomes.count(outcome) for outcome in ("failed", "passed", "skipped")}
-    words = "passed" if counts["passed"] == len(found.outcomes) else _counted(counts)
-    return "; ".join([words, *found.notes]).replace("|", "\\|")
+    counts = Counter(outcome.outcome for outcome in found)
+    words = "passed" if counts["passed"] == len(found) else _counted(counts)
+    notes = dict.fromkeys(outcome.note for outcome in found if outcome.note)
+    return "; ".join([words, *notes]).replace("|", "\\|")
 
 
 def _counted(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{number} {outcome}" for outcome, number in counts.items() if number)
+    return ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("failed", "passed", "skipped") if counts[outcome])
 
 
-def _seconds(found: Seen) -> str:
-    if not found.tests:
-        return ""
-    return f"{found.seconds:.1f}" if found.measured else f"{found.seconds:.1f} (whole test)"
+def _seconds(found: Sequence[Outcome]) -> str:
+    """Longest time, from the fault to the end where a test measured it."""
+    measured = [outcome.seconds for outcome in found if outcome.measured]
+    if measured:
+        return f"{max(measured):.1f}"
+    return f"{max(outcome.seconds for outcome in found):.1f} (whole test)" if found else ""
 
 
 def _shown(tests: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """The catalogue of faults and its page agree with the tests that name them."""
 
-from benchmarks.faults import BEGIN, END, FAULTS, Recorder, Seen, marked, table, with_table
+from benchmarks.faults import BEGIN, END, FAULTS, Outcome, Recorder, marked, read, table, with_table, write
 from tests.walkthrough import REPOSITORY
 
 pytest_plugins = ["pytester"]
@@ -39,14 +39,37 @@ def test_the_page_has_a_row_for_every_fault() -> None:
 def test_what_a_run_came_to_is_a_row(pytester) -> None:
     pytester.makepyfile(TWO)
     pytester.makeini("[pytest]\nmarkers = fault(number): one")
-    recorder = Recorder()
+    recorder = Recorder({}, "abc")
     pytester.inline_run(plugins=[recorder])
-    assert recorder.seen.keys() == {"F1", "F2", "F3"}
-    rows = table(recorder.seen)[2:]
+    rows = table(recorder.outcomes)[2:]
     assert "| passed; this | 2.5 |" in rows[0]
-    assert "| 1 passed, 1 skipped; this; left out: no tool | 2.5 |" in rows[1]
+    assert "| 1 passed, 1 skipped; left out: no tool; this | 2.5 |" in rows[1]
     assert "| 1 failed |" in rows[2]
     assert "not in this run" in rows[3]
-    assert "a | b" not in "".join(table({"F4": Seen(["t"], ["passed"], ["a | b"])}))
+    file = pytester.path / "kept.json"
+    assert read(file) == {}
+    write(file, recorder.outcomes)
+    assert read(file) == recorder.outcomes
+
+
+def test_a_test_that_is_run_again_has_its_latest_outcome(pytester) -> None:
+    pytester.makepyfile(TWO.replace("1 == 2", "1 == 1"))
+    pytester.makeini("[pytest]\nmarkers = fault(number): one")
+    test = next(pytester.path.glob("test_*.py")).name + "::test_wrong"
+    recorder = Recorder({test: earlier("F3"), "test_other.py::test_it": earlier("F4")}, "abc")
+    pytester.inline_run(plugins=[recorder])
+    assert recorder.outcomes[test].outcome == "passed"
+    assert recorder.outcomes[test].commit == "abc"
+    assert recorder.outcomes["test_other.py::test_it"] == earlier("F4")
+    rows = table(recorder.outcomes)[2:]
+    assert "| passed |" in rows[2]
+    assert "| 1 failed; a \\| b | 3.0 (whole test) | `test_other.py` |" in rows[3]
+
+
+def earlier(fault: str) -> Outcome:
+    return Outcome((fault,), "failed", "a | b", 3.0, measured=False, commit="old")
+
+
+def test_the_table_of_a_page_is_written_anew() -> None:
     text = with_table(f"# Page\n{BEGIN}\nold\n{END}\nafter\n", ["| new |"])
     assert text == f"# Page\n{BEGIN}\n| new |\n{END}\nafter\n"

@@ -50,7 +50,7 @@ class Command:
 
     def _watch(self) -> None:
         parent = psutil.Process(self.pid)
-        while not self._over.wait(0.05):
+        while not self._over.wait(0.2):
             try:
                 self._seen.update(parent.children(recursive=True))
             except psutil.NoSuchProcess:

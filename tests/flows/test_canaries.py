@@ -299,7 +299,7 @@ class Stay:
                 watcher.join()
 
     def _watch(self, pid: int, over: threading.Event) -> None:
-        while not over.wait(0.05):
+        while not over.wait(0.2):
             with contextlib.suppress(psutil.Error):
                 command = psutil.Process(pid)
                 for one in (command, *command.children(recursive=True)):

@@ -87,7 +87,7 @@ def run(*arguments: str | Path, root: Path, **variables: str) -> Answer:
 
         def watch() -> None:
             parent = psutil.Process(process.pid)
-            while not over.wait(0.05):
+            while not over.wait(0.2):
                 for child in parent.children(recursive=True):
                     try:
                         watched.add(" ".join(child.cmdline()))

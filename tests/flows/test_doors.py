@@ -43,6 +43,8 @@ class Evening:
     ended: int = -1
     listening: set[tuple[str, str]] = field(default_factory=set)
     """(kind of process, address) of every listening socket."""
+    looked_at: set[tuple[int | None, tuple[str, int]]] = field(default_factory=set)
+    """(process, address) of the same."""
     beyond: set[str] = field(default_factory=set)
     """Command lines of what listens beyond this machine, for messages."""
 
@@ -60,18 +62,23 @@ def is_in_ray(process: psutil.Process) -> bool:
 
 
 def look(evening: Evening, *commands: Command) -> None:
-    for process in {process for command in commands for process in command.left()}:
+    """Take in the sockets that listen and were not there before: a look at one costs more than to find it."""
+    ours = {process.pid: process for command in commands for process in command.left()}
+    for connection in psutil.net_connections("inet"):
+        socket_of = (connection.pid, connection.laddr)
+        if connection.status != psutil.CONN_LISTEN or connection.pid not in ours or socket_of in evening.looked_at:
+            continue
         try:
+            process = ours[connection.pid]
             line = " ".join(process.cmdline())
-            for connection in process.net_connections("inet"):
-                if connection.status == psutil.CONN_LISTEN:
-                    # a night that uses Ray is part of it, and asks for its token
-                    kind = "ray" if is_in_ray(process) else kind_of(line)
-                    evening.listening.add((kind, connection.laddr.ip))
-                    if not is_local(connection.laddr.ip):
-                        evening.beyond.add(f"{connection.laddr} {line[:200]}")
+            # a night that uses Ray is part of it, and asks for its token
+            kind = "ray" if is_in_ray(process) else kind_of(line)
         except psutil.Error:
             continue  # it has ended
+        evening.looked_at.add(socket_of)
+        evening.listening.add((kind, connection.laddr.ip))
+        if not is_local(connection.laddr.ip):
+            evening.beyond.add(f"{connection.laddr} {line[:200]}")
 
 
 def is_local(address: str) -> bool:
@@ -99,7 +106,7 @@ def evening(
         commands.append(Command("nightly", "--cohort", "many", "--model", "known", "--json", root=root))
         while commands[1].running:
             look(evening, *commands)
-            time.sleep(0.05)
+            time.sleep(0.2)
         evening.ended = commands[1].wait()
         yield evening
     finally:
