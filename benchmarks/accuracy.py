@@ -26,7 +26,7 @@ from pathlib import Path
 
 from benchmarks.cohort import Trial, prepared, trial_parser
 from benchmarks.machine import RESULTS, provenance, write_lines
-from vnet_core.curves import curve_picture
+from vnet_core.pictures.curves import curve_picture
 
 PEERS = Path(__file__).parent / "peers"
 METRICS = ("dice", "hd95_mm", "surface_dice_1mm")

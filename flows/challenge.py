@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flows.session import Session
-from vnet_core.comparison import agreement_picture, two_outlines
 from vnet_core.errors import VnetError
+from vnet_core.pictures.comparison import agreement_picture, two_outlines
 from workers.ledger import Outcome, State, settle
 from workers.markdown import code, picture, table, text
 from workers.nights.shadows import (

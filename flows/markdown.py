@@ -6,7 +6,7 @@ import base64
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from vnet_core.pictures import light_picture
+from vnet_core.pictures.qc_sheet import light_picture
 from workers import markdown
 from workers.reports.document import Block, Code, Grid, Heading, Items, Link, Paragraph, Picture, Strong, Text
 from workers.reports.story import Evidence, Row, case_blocks

@@ -7,8 +7,8 @@ from datetime import datetime
 
 from flows.artifacts import artifact_key, volume_table
 from flows.markdown import NO_PICTURE, night_report
-from vnet_core import plots
 from vnet_core.errors import StorageError
+from vnet_core.pictures import plots
 from workers.harmless import one_line
 from workers.nights.record import Night
 from workers.reports.document import Block, Code, Link, Picture, paragraph

@@ -14,7 +14,7 @@ from prefect.states import Completed
 from pydantic import BaseModel, Field, WithJsonSchema, create_model
 
 from flows.session import open_session
-from vnet_core.query_plot import answer_picture
+from vnet_core.pictures.query_plot import answer_picture
 from vnet_core.reporting import Flag
 from workers import markdown
 from workers.harmless import one_line

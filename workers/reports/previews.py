@@ -15,8 +15,8 @@ import numpy as np
 
 from vnet_core.errors import ScanError, StorageError, VnetError
 from vnet_core.geometry import same_grid
+from vnet_core.pictures.previews import nifti, preview
 from vnet_core.plan import Label
-from vnet_core.previews import nifti, preview
 from vnet_core.volume import Volume
 from workers.cohort import known_entry, load_cohort
 from workers.segmentation.masks import load_report

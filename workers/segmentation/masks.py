@@ -20,7 +20,7 @@ import numpy as np
 
 from vnet_core.errors import ConfigError, StorageError
 from vnet_core.geometry import Geometry, same_grid, to_canonical, world_mm
-from vnet_core.pictures import qc_picture
+from vnet_core.pictures.qc_sheet import qc_picture
 from vnet_core.plan import Label, Plan
 from vnet_core.report import LabelReport, flags, measure, measure_regions, to_row
 from vnet_core.sections import OutputPlan

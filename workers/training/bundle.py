@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from vnet_core.curves import curve_picture
+from vnet_core.pictures.curves import curve_picture
 from vnet_core.plan import Plan
 from vnet_core.postprocess import choose
 from vnet_core.sections import Cleaning

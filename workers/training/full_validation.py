@@ -9,9 +9,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from vnet_core.comparison import two_outlines
 from vnet_core.errors import VnetError
 from vnet_core.inference import precision
+from vnet_core.pictures.comparison import two_outlines
 from vnet_core.plan import Plan
 from vnet_core.structures import Structure, structures
 from workers.cohort import volume_geometry

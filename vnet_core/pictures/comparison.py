@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy.special import stdtrit
 
-from vnet_core.canvas import FAINT, Canvas, outline
 from vnet_core.colours import COLOURS
 from vnet_core.geometry import Geometry
+from vnet_core.pictures.canvas import FAINT, Canvas, outline
 from vnet_core.statistics import CONFIDENCE
 from vnet_core.surface import check_shapes
 from vnet_core.volume import Volume, canonical

@@ -13,7 +13,7 @@ from vnet_core.colours import COLOURS, rgb
 from vnet_core.errors import ScanError
 from vnet_core.geometry import CANONICAL_DIRECTION, Geometry, Reorientation, matrix_of
 from vnet_core.phantoms import LABELS, PhantomSpec, oblique_direction, phantom
-from vnet_core.pictures import MAX_BYTES, ROWS, light_picture, qc_picture
+from vnet_core.pictures.qc_sheet import MAX_BYTES, ROWS, light_picture, qc_picture
 from vnet_core.plan import Label
 
 ORGAN, LESION = LABELS

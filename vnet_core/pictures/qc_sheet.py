@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from vnet_core.canvas import FAINT, TEXT, Canvas, outline
 from vnet_core.colours import COLOURS
 from vnet_core.geometry import Geometry, Reorientation
+from vnet_core.pictures.canvas import FAINT, TEXT, Canvas, outline
 from vnet_core.plan import Label
 from vnet_core.volume import Volume, canonical
 

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from vnet_core.colours import rgb
-from vnet_core.comparison import MAX_BYTES, Overlap, agreement_picture, bland_altman, overlaps, two_outlines
 from vnet_core.errors import ScanError
 from vnet_core.geometry import Geometry
+from vnet_core.pictures.comparison import MAX_BYTES, Overlap, agreement_picture, bland_altman, overlaps, two_outlines
 
 GRID = Geometry((12, 20, 16), (2.0, 1.0, 1.0), (0.0, 0.0, 0.0))
 

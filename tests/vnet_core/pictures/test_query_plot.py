@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vnet_core.query_plot import answer_picture
+from vnet_core.pictures.query_plot import answer_picture
 
 NIGHT, LATER = "2026-01-30_010000", "2026-01-31_010000"
 

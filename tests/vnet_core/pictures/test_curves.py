@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vnet_core.colours import COLOURS
-from vnet_core.curves import curve_picture
+from vnet_core.pictures.curves import curve_picture
 
 
 def pixels(png: bytes) -> np.ndarray:

@@ -7,8 +7,8 @@ import pytest
 from vnet_core.errors import ScanError
 from vnet_core.geometry import Geometry, world_mm
 from vnet_core.phantoms import PhantomSpec, oblique_direction, phantom
+from vnet_core.pictures.previews import GREYS, LARGEST, MOST_LABELS, nifti, preview
 from vnet_core.plan import Label
-from vnet_core.previews import GREYS, LARGEST, MOST_LABELS, nifti, preview
 
 A, B = Label(value=3, name="a"), Label(value=700, name="b")
 

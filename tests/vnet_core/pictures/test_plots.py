@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vnet_core.plots import LABELS, Mark, counts_plot, medians_plot, seconds_plot, volumes_plot
+from vnet_core.pictures.plots import LABELS, Mark, counts_plot, medians_plot, seconds_plot, volumes_plot
 
 RED, YELLOW, DARK_BLUE = (193, 18, 31), (240, 228, 66), (0, 114, 178)
 NIGHTS = [f"{day} Nov" for day in range(1, 31)]

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from vnet_core.errors import ScanError
 from vnet_core.geometry import Geometry, Triple, world_mm
-from vnet_core.pictures import grey_window
+from vnet_core.pictures.qc_sheet import grey_window
 from vnet_core.plan import Label
 
 LARGEST = 96
