@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import multiprocessing
 import random
 import resource
@@ -163,6 +164,8 @@ def serve_workers(address: str, workers: int, connection: Connection) -> None:
 async def _scheduler(connection: Connection) -> None:
     import distributed
 
+    _quietly()
+
     async with distributed.Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0") as scheduler:
         await _serve(scheduler.address, connection)
 
@@ -173,11 +176,17 @@ async def _workers(address: str, workers: int, connection: Connection) -> None:
     # a worker has a thread, files and connections of its own
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit[1], limit[1]))
+    _quietly()
     async with AsyncExitStack() as started:
         for name in range(workers):
             one = distributed.Worker(address, name=name, nthreads=1, host="127.0.0.1", memory_limit=0, dashboard=False)
             await started.enter_async_context(one)
         await _serve(address, connection)
+
+
+def _quietly() -> None:
+    """Without twelve lines of Dask's log for each worker."""
+    logging.getLogger("distributed").setLevel(logging.WARNING)
 
 
 async def _serve(address: str, connection: Connection) -> None:
