@@ -111,7 +111,8 @@ def save_cohort(root: Root, cohort: Cohort) -> None:
 
 
 def load_cohort(root: Root, name: str) -> Cohort:
-    """Read the manifest; ConfigError ``cohort.unknown`` names the cohorts that exist.
+    """Read the manifest; ConfigError ``cohort.unknown`` names the cohorts that exist; ``cohort.unfinished``: the
+    first ingest of this one has not ended.
 
     StorageError ``identity.no-private`` when its sources are not in the private folder.
     """
@@ -121,11 +122,7 @@ def load_cohort(root: Root, name: str) -> Cohort:
     except StorageError as error:
         if error.code != "store.missing":
             raise
-        known = ", ".join(root.names("cohorts")) or "none"
-        raise ConfigError(
-            "cohort.unknown",
-            f"there is no cohort {name!r} in {root.shown} (known: {known}); make it with vnet ingest SOURCE --cohort",
-        ) from None
+        raise _missing(root, name) from None
     return Cohort(
         mapping["name"],
         tuple(get_private(private_root(root), key)["sources"]),
@@ -135,6 +132,22 @@ def load_cohort(root: Root, name: str) -> Cohort:
         mapping.get("set_aside", {}),
         tuple(NotChosen(**series) for series in mapping.get("not_chosen", ())),
         tuple(mapping.get("archives", ())),
+    )
+
+
+def _missing(root: Root, name: str) -> ConfigError:
+    """Why a cohort has no manifest: it is written when the ingest is over."""
+    known = root.names("cohorts")
+    if name in known:
+        return ConfigError(
+            "cohort.unfinished",
+            f"the first ingest of cohort {name!r} in {root.shown} has not ended; wait for it, or run vnet ingest SOURCE"
+            " --cohort again",
+        )
+    return ConfigError(
+        "cohort.unknown",
+        f"there is no cohort {name!r} in {root.shown} (known: {', '.join(known) or 'none'}); make it with vnet ingest"
+        " SOURCE --cohort",
     )
 
 

@@ -321,6 +321,18 @@ def test_a_study_is_a_case_where_rules_choose_its_channels(root, tmp_path):
     assert "mr: another modality than MR" in left.reason
 
 
+def test_a_cohort_whose_ingest_has_not_ended_is_told_from_one_that_is_not_there(root, tmp_path):
+    write_series(tmp_path / "s/ct")
+    run(root, tmp_path / "s")
+    with pytest.raises(ConfigError, match=r"there is no cohort 'd' .*known: c\)") as caught:
+        load_cohort(root, "d")
+    assert caught.value.code == "cohort.unknown"
+    file_of(root, "cohorts/c/cohort.json").unlink()
+    with pytest.raises(ConfigError, match=r"the first ingest of cohort 'c' .* has not ended") as caught:
+        load_cohort(root, "c")
+    assert caught.value.code == "cohort.unfinished"
+
+
 def test_a_segmentation_that_cannot_be_used_leaves_its_case_without_a_label(root, tmp_path):
     write_series(tmp_path / "s/ct")
     segmentation(tmp_path / "s/drawn.dcm", "1.2.826.0.1.1")  # it refers to the series and holds nothing
