@@ -55,7 +55,11 @@ def main() -> int:
 
 
 def by_heart(options: argparse.Namespace) -> str:
-    """The glioma recipe's channels and regions, as far as the case has them, without random changes of samples."""
+    """The glioma recipe's channels and regions, as far as the case has them, without random changes of samples.
+
+    Patches are shifted by up to a third of their edge: were every patch centred on the tumour, the network would learn
+    that what lies in the middle is tumour, and find it too large in tiles that lie anywhere.
+    """
     edge = options.patch
     return f"""
 channels = {list(CHANNELS)}
@@ -97,6 +101,7 @@ foreground_fraction = {options.foreground}
 
 [training.augmentation]
 flip_axes = []
+shift_voxels = {edge // 3}
 rotation_degrees = 0
 scaling = 0
 contrast = 0
