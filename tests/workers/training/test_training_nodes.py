@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,14 +89,20 @@ def test_a_lost_node_leaves_the_training_to_the_other(cluster, tmp_path):
 def test_a_machine_that_comes_joins_the_training(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr("workers.training.train.LOSSES", 0)
     root = Root(tmp_path)
+    # by its command: a node of this process is made by its main thread alone, which trains
+    ray_start = str(Path(sys.executable).with_name("ray"))
+    machine = [ray_start, "start", f"--address={cluster.address}", "--num-cpus=1", "--block"]
+    with ExitStack() as started:
 
-    def come() -> None:
-        until(lambda: checkpoints(root, "joined"), 240)
-        cluster.add_node(num_cpus=1)
+        def come() -> None:
+            until(lambda: checkpoints(root, "joined"), 240)
+            process = subprocess.Popen(machine, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            started.callback(process.wait, 60)
+            started.callback(process.terminate)
 
-    with beside(come):
-        # Ray looks for room once a minute
-        facts = trained(root, "joined", cluster, 4 * STEPS)
+        with beside(come):
+            # Ray looks for room once a minute
+            facts = trained(root, "joined", cluster, 4 * STEPS)
     assert facts["steps"] == 4 * STEPS
     assert [attempt["workers"] for attempt in facts["attempts"]] == [1, 2]
     assert 0 < facts["attempts"][1]["from_step"] < 4 * STEPS
