@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,8 @@ pytestmark = pytest.mark.faults
 
 STEPS = 2000
 """A checkpoint of the plan's rhythm at every 200."""
+NOTICE_S = 30
+"""Between the notice that a machine will be taken away and that."""
 
 
 @pytest.fixture
@@ -114,12 +117,15 @@ def test_notice_of_a_preemption_is_answered_with_a_checkpoint(cluster, tmp_path,
     second = cluster.add_node(num_cpus=1)
 
     def take_away() -> None:
+        """As a cloud does: at the moment that the notice named, and not before."""
         until(lambda: checkpoints(root, "taken"), 240)
+        deadline_ms = int((time.time() + NOTICE_S) * 1000)
         client = ray._raylet.GcsClient(address=cluster.address)
-        # DRAIN_NODE_REASON_PREEMPTION, without a deadline: Ray then gives the group two minutes
-        accepted, why = client.drain_node(second.node_id, 2, "spot", 0)
+        # 2: DRAIN_NODE_REASON_PREEMPTION
+        accepted, why = client.drain_node(second.node_id, 2, "spot", deadline_ms)
         assert accepted, why
         until(lambda: [step for step in checkpoints(root, "taken") if step % 200], 120)
+        until(lambda: time.time() * 1000 > deadline_ms)
         kill(second)
 
     with beside(take_away):
