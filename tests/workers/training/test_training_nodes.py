@@ -129,8 +129,8 @@ def test_notice_of_a_preemption_is_answered_with_a_checkpoint(cluster, tmp_path,
         kill(second)
 
     with beside(take_away):
-        facts = trained(root, "taken", cluster)
-    assert facts["steps"] == STEPS
+        facts = trained(root, "taken", cluster, 4 * STEPS)
+    assert facts["steps"] == 4 * STEPS
     first, *_, last = facts["attempts"]
     assert (first["from_step"], first["workers"]) == (0, 2)
     assert last["workers"] == 1
