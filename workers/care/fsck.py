@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -38,6 +39,8 @@ from workers.storage.store import RECEIPT, Root, raise_if_silent
 
 DOCUMENTS = ("attempts", "decisions", "questions", "shadows")
 """Whose JSON is read as it is, below the root."""
+ASKED_AT_ONCE = 16
+"""Objects that a store is asked for at the same time; each answer of a bucket takes milliseconds of waiting."""
 _SHAPE = (KeyError, TypeError, ValueError, AttributeError)
 """What reading JSON of another shape than was written raises."""
 
@@ -136,11 +139,17 @@ def _nights(root: Root, cohort: str) -> Iterator[Finding]:
         except StorageError as error:
             yield Finding(rows, "fsck.rows", error.message, RESTORED)
             continue
-        missing = [key for key in results if not root.place.is_object(f"{key}/{RECEIPT}")]
+        missing = _without_receipt(root, results)
         if missing:
             found = f"{len(missing)} of {len(results)} results that its rows name are missing, first {missing[0]}"
             remedy = f"the next night makes those again that are still wanted; else {RESTORED}"
             yield Finding(rows, "fsck.no-result", found, remedy)
+
+
+def _without_receipt(root: Root, results: Sequence[str]) -> list[str]:
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as executor:
+        there = executor.map(root.place.is_object, [f"{key}/{RECEIPT}" for key in results])
+        return [key for key, is_there in zip(results, there, strict=True) if not is_there]
 
 
 def results_of(root: Root, cohort: str, night: str) -> list[str]:
