@@ -115,9 +115,10 @@ def service(name: str) -> dict[str, Any]:
     return dict(composed("compose.yaml")["services"][name])
 
 
-@pytest.fixture(scope="module")
-def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
-    """Address of compose.yaml's Ray head with a token, and the environment of those who have it."""
+@pytest.fixture
+def ray_head() -> Iterator[tuple[str, dict[str, str]]]:
+    """Address of compose.yaml's Ray head with a token, and the environment of those who have it. Of each test alone: a
+    node that was killed in another would be counted for some seconds more."""
     with tempfile.TemporaryDirectory(prefix="vnet-", dir="/tmp") as folder:
         token = Path(folder) / "token"
         token.write_text("0123456789abcdef" * 4)
