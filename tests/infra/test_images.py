@@ -167,6 +167,16 @@ NODES = (
     "import ray; ray.init('{address}', log_to_driver=False);"
     " print(len(ray.nodes()), ray.cluster_resources().get('CPU'))"
 )
+SECOND_NODE = """
+import time
+import ray
+# the head is on the same host here, so its node may be found before the container's own is there
+ray.init('{address}', log_to_driver=False)
+while len(ray.nodes()) < 2:
+    time.sleep(0.2)
+print(len(ray.nodes()), ray.cluster_resources().get('CPU'))
+raise SystemExit(5)
+"""
 
 
 @pytest.mark.slow
@@ -198,7 +208,7 @@ def test_head_and_worker_of_the_files_work_and_their_probes_say_so(ray_head: tup
 @pytest.mark.slow
 def test_a_container_joins_ray_for_as_long_as_its_program_runs(ray_head: tuple[str, dict[str, str]]) -> None:
     address, env = ray_head
-    with joined_entry(address, env, NODES.format(address=address) + "; raise SystemExit(5)") as process:
+    with joined_entry(address, env, SECOND_NODE.format(address=address)) as process:
         out, err = process.communicate(timeout=180)
     assert (process.returncode, out) == (5, "2 None\n"), err
 
