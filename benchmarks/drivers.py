@@ -18,7 +18,7 @@ import random
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -126,18 +126,20 @@ def measure(number: int, workers: int, seconds: float) -> Measured:
 def served(workers: int) -> Iterator[tuple[str, Callable[[], float]]]:
     """Address of a scheduler with its workers, and what tells the processor seconds of both so far."""
     with (
-        beside(serve_scheduler) as (address, scheduler_cpu_s),
-        beside(serve_workers, address, workers) as (_, workers_cpu_s),
+        beside(scheduler) as (address, scheduler_cpu_s),
+        beside(all_workers, address, workers) as (_, workers_cpu_s),
     ):
         yield address, lambda: scheduler_cpu_s() + workers_cpu_s()
 
 
 @contextmanager
-def beside(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[str, Callable[[], float]]]:
+def beside(
+    part: Callable[..., Coroutine[Any, Any, None]], *arguments: Any
+) -> Iterator[tuple[str, Callable[[], float]]]:
     """What another process says once it serves, and what tells its processor seconds so far."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=target, args=(*arguments, theirs), daemon=True)
+    process = context.Process(target=serve, args=(part, *arguments, theirs), daemon=True)
     process.start()
 
     def cpu_s() -> float:
@@ -151,42 +153,32 @@ def beside(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[str, 
         process.join()
 
 
-def serve_scheduler(connection: Connection) -> None:
-    """A scheduler, in its process, until it is told to end."""
-    asyncio.run(_scheduler(connection))
+def serve(part: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> None:
+    """One part, in its process, until it is told to end; without twelve lines of Dask's log for each worker."""
+    import distributed  # sets the levels of its log
+
+    logging.getLogger(distributed.__name__).setLevel(logging.WARNING)
+    asyncio.run(part(*arguments))
 
 
-def serve_workers(address: str, workers: int, connection: Connection) -> None:
-    """All workers, in theirs."""
-    asyncio.run(_workers(address, workers, connection))
-
-
-async def _scheduler(connection: Connection) -> None:
+async def scheduler(connection: Connection) -> None:
     import distributed
 
-    _quietly()
-
-    async with distributed.Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0") as scheduler:
-        await _serve(scheduler.address, connection)
+    async with distributed.Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0") as one:
+        await _serve(one.address, connection)
 
 
-async def _workers(address: str, workers: int, connection: Connection) -> None:
+async def all_workers(address: str, workers: int, connection: Connection) -> None:
     import distributed
 
     # a worker has a thread, files and connections of its own
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit[1], limit[1]))
-    _quietly()
     async with AsyncExitStack() as started:
         for name in range(workers):
             one = distributed.Worker(address, name=name, nthreads=1, host="127.0.0.1", memory_limit=0, dashboard=False)
             await started.enter_async_context(one)
         await _serve(address, connection)
-
-
-def _quietly() -> None:
-    """Without twelve lines of Dask's log for each worker."""
-    logging.getLogger("distributed").setLevel(logging.WARNING)
 
 
 async def _serve(address: str, connection: Connection) -> None:

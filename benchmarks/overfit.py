@@ -57,8 +57,8 @@ def main() -> int:
 def by_heart(options: argparse.Namespace) -> str:
     """The glioma recipe's channels and regions, as far as the case has them, without random changes of samples.
 
-    Patches are shifted by up to a third of their edge: were every patch centred on the tumour, the network would learn
-    that what lies in the middle is tumour, and find it too large in tiles that lie anywhere.
+    Patches are shifted by up to a third of their edge: were every patch centred on the tumour, the network could
+    learn that what lies in the middle is tumour, and find it too large in tiles that lie anywhere.
     """
     edge = options.patch
     return f"""

@@ -32,6 +32,7 @@ CPU_LIMIT_S = 5
 """On a busy machine as on a quiet one."""
 WAIT_LIMIT_S = 15
 """For what waits instead of computing."""
+LIMITS = f"over {CPU_LIMIT_S} s of the processor or {WAIT_LIMIT_S} s of waiting"
 PLACE_TOLERANCE_MM = 1e-2
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -115,7 +116,7 @@ def serve() -> None:
             answer = pipe.read()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status in (-signal.SIGALRM, -signal.SIGXCPU):
-            answer = json.dumps({"state": "hangs", "right": None, "note": f"over {CPU_LIMIT_S} s"}).encode()
+            answer = json.dumps({"state": "hangs", "right": None, "note": LIMITS}).encode()
         elif status or not answer:
             answer = json.dumps({"state": "crashes", "right": None, "note": f"ended with {status}"}).encode()
         print(answer.decode(), flush=True)
