@@ -1,11 +1,12 @@
-"""Milliseconds per training step and per inference of the published V-Net, beside MONAI's VNet in the same run.
+"""Milliseconds per training step and per inference, beside MONAI's VNet in the same run.
 
     python -m benchmarks.step
 
-With CUDA: preset `paper`, batch 2, 128 x 128 x 64 voxels, bfloat16, channels last, compiled; the share of the matrix
-peak is that of a large bfloat16 matrix product measured in the same run. MONAI's VNet has 366 GMAC where the published
-network has 502, so the ratio is also given per multiply-accumulate. Without CUDA it says so, and runs width 4 and
-32 x 32 x 32 voxels on the processor.
+With CUDA: preset `paper`, batch 2, 128 x 128 x 64 voxels, bfloat16, as `vnet train` lays it out, as torch would, and
+compiled, which `vnet train` does not do; the share of the matrix peak is that of a large bfloat16 matrix product
+measured in the same run. MONAI's VNet has 366 GMAC where the published network has 502, so the share is given too.
+Without CUDA it says so, and runs width 4 and 32 x 32 x 32 voxels on the processor. Always there too: the network that
+`--plan auto` gives a cohort of small MR volumes on two cores.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import RESULTS, provenance, tell
-from vnet_core.fitting import StepSettings, build_optimiser, train_step
+from vnet_core.fitting import StepSettings, build_optimiser, placed, train_step
 from vnet_core.inference import prepare, processor_precision
 from vnet_core.losses import build_loss
 from vnet_core.networks.layout import count_macs
 from vnet_core.networks.vnet import build_vnet
-from vnet_core.plan import Plan
+from vnet_core.plan import Label, Plan
+from vnet_core.sections import NetworkPlan, TrainingPlan
 
 PASSES = 3.0
 """A training step is one pass forward and two backward: gradients of values and of weights."""
@@ -38,14 +40,32 @@ PASSES = 3.0
 class Size:
     """What is measured."""
 
-    width: int
+    name: str
+    network: NetworkPlan
     batch: int
     shape: tuple[int, int, int]
     runs: int
 
 
-ON_GPU = Size(16, 2, (64, 128, 128), 20)
-ON_CPU = Size(4, 2, (32, 32, 32), 5)
+def paper(width: int) -> NetworkPlan:
+    return NetworkPlan.model_validate({"preset": "paper", "width": width})
+
+
+SMALL_MR = NetworkPlan(
+    kernel_size=3,
+    convolutions=(2, 2, 2, 2),
+    activation="leaky-relu",
+    normalisation="instance",
+    decoder="narrow",
+)
+ON_GPU = (
+    Size("preset paper", paper(16), 2, (64, 128, 128), 20),
+    Size("small MR volumes", SMALL_MR, 2, (40, 56, 40), 20),
+)
+ON_CPU = (
+    Size("preset paper, width 4", paper(4), 2, (32, 32, 32), 5),
+    Size("small MR volumes", SMALL_MR, 2, (40, 56, 40), 5),
+)
 
 
 @dataclass(frozen=True)
@@ -64,9 +84,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="results file (default: benchmarks/results/step_...)")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = ON_GPU if device.type == "cuda" else ON_CPU
-    rows = [ours(size, device), *monai(size, device)]
-    report(options.output, size, device, rows, peak_tmacs(device))
+    sizes = ON_GPU if device.type == "cuda" else ON_CPU
+    rows = [row for size in sizes for row in ours(size, device)]
+    report(options.output, sizes, device, [*rows, *monai(sizes[0], device)], peak_tmacs(device))
     return 0
 
 
@@ -91,10 +111,8 @@ def peak_tmacs(device: torch.device) -> float:
 
 
 def plan_of(size: Size) -> Plan:
-    labels = [{"value": 1, "name": "prostate"}]
-    network = {"preset": "paper", "width": size.width}
-    training = {"patch_size": size.shape, "batch_size": size.batch}
-    return Plan.from_mapping({"labels": labels, "network": network, "training": training})
+    training = TrainingPlan(patch_size=size.shape, batch_size=size.batch)
+    return Plan(labels=(Label(value=1, name="organ"),), network=size.network, training=training)
 
 
 def batch_of(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -103,21 +121,33 @@ def batch_of(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
     return images, (images[:, 0] > 1).long()
 
 
-def ours(size: Size, device: torch.device) -> Timed:
+def ours(size: Size, device: torch.device) -> list[Timed]:
+    """As `vnet train` steps, in torch's own layout, and with CUDA compiled."""
     plan = plan_of(size)
-    network = build_vnet(plan.network, 1, 2).to(device)
-    compiled: nn.Module = network
+    precision = processor_precision(device)
+    still = prepare(build_vnet(plan.network, 1, 2), device, precision)
+    image = batch_of(size, device)[0][:1].to(precision, memory_format=torch.channels_last_3d)
+    inference = milliseconds(lambda: infer(still, image), device, size.runs)
+    gmacs = size.batch * count_macs(plan.network, 1, 2, size.shape) / 1e9
+
+    def timed(who: str, network: nn.Module) -> Timed:
+        return Timed(f"vnet, {size.name}{who}", training_ms(network, plan, size, device), inference, gmacs)
+
+    rows = [
+        timed("", placed(build_vnet(plan.network, 1, 2), device, precision)),
+        timed(", torch's layout", build_vnet(plan.network, 1, 2).to(device)),
+    ]
     if device.type == "cuda":
-        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        compiled = torch.compile(network)
+        laid_out = placed(build_vnet(plan.network, 1, 2), device, precision)
+        rows.append(timed(", compiled", torch.compile(laid_out)))
+    return rows
+
+
+def training_ms(network: nn.Module, plan: Plan, size: Size, device: torch.device) -> float:
     optimiser = build_optimiser(network, plan.training)
     settings = StepSettings(build_loss(plan, [9, 1]), processor_precision(device), 1.0)
     batch = batch_of(size, device)
-    training = milliseconds(lambda: train_step(compiled, optimiser, [batch], 0.5, settings), device, size.runs)
-    still = prepare(network, device, processor_precision(device))
-    image = batch[0][:1].to(processor_precision(device), memory_format=torch.channels_last_3d)
-    gmacs = size.batch * count_macs(plan.network, 1, 2, size.shape) / 1e9
-    return Timed("vnet, preset paper", training, milliseconds(lambda: infer(still, image), device, size.runs), gmacs)
+    return milliseconds(lambda: train_step(network, optimiser, [batch], 0.5, settings), device, size.runs)
 
 
 def infer(network: nn.Module, image: Tensor) -> Tensor:
@@ -160,16 +190,17 @@ def monai(size: Size, device: torch.device) -> list[Timed]:
     return rows
 
 
-def report(output: Path | None, size: Size, device: torch.device, rows: list[Timed], peak: float) -> None:
+def report(output: Path | None, sizes: Sequence[Size], device: torch.device, rows: list[Timed], peak: float) -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "processor"
     target = output or RESULTS / f"step-{device.type}_{datetime.now(UTC):%Y%m}.md"
-    note = "" if device.type == "cuda" else " No CUDA device was at hand: this is a small size on the processor."
-    shape = " x ".join(map(str, size.shape))
+    note = "" if device.type == "cuda" else "No CUDA device was at hand: these are small sizes on the processor. "
+    shapes = "; ".join(
+        f"{size.name}: batch {size.batch}, {' x '.join(map(str, size.shape))} voxels (z, y, x)" for size in sizes
+    )
     lines = [
-        f"# One step of the published V-Net on {name}",
+        f"# One step of a V-Net on {name}",
         "",
-        f"Width {size.width}, batch {size.batch}, {shape} voxels (z, y, x).{note} A square matrix product reaches"
-        f" {peak:.2f} TMAC/s here.",
+        f"{note}{shapes}. MONAI's VNet has the first size. A square matrix product reaches {peak:.2f} TMAC/s here.",
         "",
         "| who | training ms | inference of one ms | GMAC forward | share of the matrix peak in training |",
         "| --- | --- | --- | --- | --- |",

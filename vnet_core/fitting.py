@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from vnet_core.sections import TrainingPlan
 
 # B batch, C channel, K class, Z Y X
+
+Network = TypeVar("Network", bound=nn.Module)
 
 STEP_DIVISOR = 10.0
 """What the schedule `step` divides the learning rate by each time (Milletari, Navab and Ahmadi 2016)."""
@@ -53,6 +56,18 @@ def build_optimiser(network: nn.Module, plan: TrainingPlan) -> torch.optim.Optim
             return torch.optim.RMSprop(groups, lr=rate, momentum=plan.momentum)
         case "sgd":
             return torch.optim.SGD(groups, lr=rate, momentum=plan.momentum, nesterov=plan.momentum > 0, fused=True)
+
+
+def placed(network: Network, device: torch.device, precision: torch.dtype) -> Network:
+    """The network on ``device``, laid out for steps in ``precision``; what is made of its weights is laid out alike.
+
+    Channels last, which halves the time of convolutions in float32 on processors with AVX2 (benchmarks/results has
+    both) and is what tensor cores compute in. bfloat16 on processors stays as torch lays it out.
+    """
+    if device.type == "cpu" and precision != torch.float32:
+        return network.to(device)
+    # the stub of Module.to does not know memory_format
+    return network.to(device=device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 
 Batch = tuple[Tensor, Tensor]

@@ -51,10 +51,12 @@ def test_a_loss(scans, tmp_path: Path) -> None:
 
 
 def test_a_step(tmp_path: Path) -> None:
-    size, device = step.Size(2, 1, (16, 16, 16), 1), torch.device("cpu")
-    row = step.ours(size, device)
+    size, device = step.Size("tiny", step.paper(2), 1, (16, 16, 16), 1), torch.device("cpu")
+    rows = step.ours(size, device)
+    assert [row.who for row in rows] == ["vnet, tiny", "vnet, tiny, torch's layout"]
+    row = rows[0]
     assert row.training_ms > row.inference_ms > 0
     # 502 GMAC at width 16 and 64 x 128 x 128 voxels; the first convolution and the head shrink less than the rest
     assert row.gmacs == pytest.approx(502.1 * (2 / 16) ** 2 * 16**3 / (64 * 128 * 128), rel=0.04)
-    step.report(tmp_path / "step.md", size, device, [row], peak=0.1)
+    step.report(tmp_path / "step.md", [size], device, rows, peak=0.1)
     assert "No CUDA device was at hand" in (tmp_path / "step.md").read_text("utf-8")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from vnet_core.fitting import StepSettings, WeightAverage, build_optimiser, learning_rate_factor, train_step
+from vnet_core.fitting import StepSettings, WeightAverage, build_optimiser, learning_rate_factor, placed, train_step
 from vnet_core.losses import build_loss
 from vnet_core.networks.vnet import build_vnet
 from vnet_core.plan import Label, Plan
@@ -182,6 +182,25 @@ def test_in_bfloat16_the_weights_stay_float32_and_the_loss_is_nearly_the_same():
     np.testing.assert_allclose(results[torch.bfloat16][0], results[torch.float32][0], rtol=0.02)
     for losses in results.values():
         assert losses[-1] < 0.6 * losses[0], losses
+
+
+@pytest.mark.parametrize("normalisation", ["none", "batch", "instance", "group"])
+def test_a_network_laid_out_for_steps_takes_the_same_ones(normalisation):
+    sizes = {"kernel_size": 3, "width": 4, "convolutions": (2, 2, 1), "normalisation": normalisation}
+    images = torch.randn(2, 2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    classes = (images[:, 0] > 0.5).long()
+    step = StepSettings(build_loss(Plan(labels=(Label(value=1, name="bright"),)), [3, 1]), torch.float32, 1.0)
+
+    def fitted(network: nn.Module) -> tuple[list[float], nn.Module]:
+        optimiser = build_optimiser(network, plan(learning_rate=1e-3))
+        return [train_step(network, optimiser, [(images, classes)], 0.5, step) for _ in range(3)], network
+
+    plain, _ = fitted(build_vnet(NetworkPlan(**sizes), 2, 2))
+    found, network = fitted(placed(build_vnet(NetworkPlan(**sizes), 2, 2), torch.device("cpu"), torch.float32))
+    np.testing.assert_allclose(found, plain, rtol=1e-4)
+    weight = network.encoder[0].convolutions[1].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert not weight.is_contiguous()
 
 
 # --- running average

@@ -20,6 +20,7 @@ import ctypes, json, sys
 import torch
 from torch import nn
 from torch.nn import functional as F
+from vnet_core.fitting import placed
 from vnet_core.inference import prepare
 from vnet_core.networks.memory import predicted_peak_bytes, predicted_training_bytes
 from vnet_core.networks.vnet import build_vnet
@@ -36,7 +37,8 @@ def loss_of(logits, truth):
     return F.nll_loss(logarithms, truth) + 1 - overlap.mean()
 
 def train(plan, channels, outputs, shape, batch, bfloat16):
-    network = build_vnet(plan, channels, outputs)
+    precision = torch.bfloat16 if bfloat16 else torch.float32
+    network = placed(build_vnet(plan, channels, outputs), torch.device("cpu"), precision)
     average = {name: value.detach().clone() for name, value in network.state_dict().items()}
     optimiser = torch.optim.AdamW(network.parameters(), fused=True)
     images, truth = torch.randn(batch, channels, *shape), torch.randint(0, outputs, (batch, *shape))
@@ -101,6 +103,11 @@ def here(cases):
 TRAININGS = [
     {"network": SMALL, "bfloat16": False},
     {"network": {**SMALL, "normalisation": "instance"}, "bfloat16": True, "batch": 2},
+    {
+        "network": {**SMALL, "normalisation": "instance", "activation": "leaky-relu", "decoder": "narrow"},
+        "bfloat16": False,
+        "batch": 2,
+    },
     {"network": {**SMALL, "normalisation": "batch", "activation": "relu"}, "bfloat16": True, "batch": 2},
     {"network": {**SMALL, "normalisation": "batch", "residual": "activated", "dropout": 0.2}, "bfloat16": False},
     {

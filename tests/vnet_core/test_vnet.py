@@ -1,5 +1,7 @@
 """The V-Net: its published numbers, its wiring by hand, any size, and that inference changes no value."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -136,6 +138,33 @@ def test_residual_is_added_before_the_last_activation():
         nn.init.constant_(convolution.bias, -1.0)
     x = torch.tensor([3.0, -3.0]).reshape(1, 2, 1, 1, 1)
     assert stage(x).flatten().tolist() == [2.0, -1.0]
+
+
+def test_the_first_of_two_parts_is_what_is_added():
+    """A stage of the way up, as wide as what comes up: [up, skip] together go through the convolutions."""
+    stage = Stage(NetworkPlan(kernel_size=3, width=2, decoder="narrow"), entering=4, width=2, count=1)
+    up, skip = image(1, 2, 4, 4, 4, seed=1), image(1, 2, 4, 4, 4, seed=2)
+    both = torch.cat([up, skip], dim=1)
+    assert torch.equal(stage(up, skip), stage.last(stage.convolutions[0](both) + up))
+    assert torch.equal(stage(up, skip), stage(both))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5, 6), (1, 16, 2, 2, 3), (3, 2, 7, 1, 1)])
+def test_channels_last_has_the_gradients_of_instance_normalisation(shape):
+    x, by = 3.0 + 2.0 * image(*shape), image(*shape, seed=1)
+    layer = GroupNormalisation(shape[1], shape[1])
+    with torch.no_grad():
+        layer.weight.copy_(image(shape[1], seed=2))
+        layer.bias.copy_(image(shape[1], seed=3))
+
+    def gradients(x, layer, by):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), by)
+
+    found = gradients(x.contiguous(memory_format=torch.channels_last_3d), layer, by)
+    exact = gradients(x.double(), deepcopy(layer).double(), by.double())
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (4, 4, 4), (5, 8, 3), (1, 13, 30)])

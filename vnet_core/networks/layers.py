@@ -6,6 +6,7 @@ B batch, C channel, Z Y X voxels.
 from __future__ import annotations
 
 from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,21 +48,26 @@ class Stage(nn.Module):
         self.projection = nn.Conv3d(entering, width, 1) if projected else None
         self.last = nn.Identity() if projected else _activation_and_dropout(plan, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, width, Z, Y, X) from ``x`` (B, entering, Z, Y, X)."""
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """(B, width, Z, Y, X) from ``x`` (B, entering, Z, Y, X), or from [x, skip], which have as many together."""
         if bfloat16_goes_wrong(x, self.kernel_size):
             with torch.autocast("cpu", enabled=False):
-                return self._convolve(x.float())
-        return self._convolve(x)
+                return self._convolve(x.float(), None if skip is None else skip.float())
+        return self._convolve(x, skip)
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        entering = x
-        x = self.dropout(x)
+    def _convolve(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        first = x
+        entering = x if skip is None else torch.cat([x, skip], dim=1)
+        x = self.dropout(entering)
         for convolution, normalise, activation in zip(
             self.convolutions, self.normalisations, self.activations, strict=True
         ):
             x = activation(normalise(convolution(x)))
-        added = tiled(entering, self.width) if self.projection is None else self.projection(entering)
+        if self.projection is not None:
+            added = self.projection(entering)
+        else:
+            # x itself is the same values as a slice of both, whose gradient would be a copy of both
+            added = tiled(first if first.shape[1] >= self.width else entering, self.width)
         x = x + added if torch.is_grad_enabled() else x.add_(added)
         return self.last(x)
 
@@ -132,7 +138,47 @@ class GroupNormalisation(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, Z, Y, X) from the same."""
+        if self.num_groups == self.num_channels and _goes_back_slowly(x):
+            return _ChannelsLastInstance.apply(x, self.weight, self.bias, self.eps)
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def _goes_back_slowly(x: Tensor) -> bool:
+    """Whether torch's gradient of an instance normalisation of ``x`` is the slow one: on processors, channels last."""
+    last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+    return last and torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+class _ChannelsLastInstance(torch.autograd.Function):
+    """Instance normalisation with a gradient in whole passes over (B, V voxels, C): half the time of torch's.
+
+    With x' = (x - m) r the normalised values, y = w x' + b and g = d loss / d y,
+
+        d loss / d x = w r (g - mean g - x' mean(g x')), means over the voxels of a sample's channel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+        samples, channels = x.shape[:2]
+        voxels = x[0, 0].numel()
+        y, mean, rate = torch.native_group_norm(x, weight, bias, samples, channels, voxels, channels, epsilon)
+        ctx.save_for_backward(x, weight, mean, rate)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *by: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean_BC, rate_BC = ctx.saved_tensors
+        g_BVC, x_BVC = (values.permute(0, 2, 3, 4, 1).flatten(1, 3) for values in (by[0], x))
+        by_bias_BC = g_BVC.sum(1)
+        by_weight_BC = ((g_BVC * x_BVC).sum(1) - mean_BC * by_bias_BC) * rate_BC
+        # the formula above as scale * g + slope * x + offset
+        scale_BC = weight * rate_BC
+        slope_BC = -scale_BC * rate_BC * by_weight_BC / x_BVC.shape[1]
+        offset_BC = -scale_BC * by_bias_BC / x_BVC.shape[1] - slope_BC * mean_BC
+        by_x_BVC = torch.addcmul(offset_BC[:, None], g_BVC, scale_BC[:, None]).addcmul_(x_BVC, slope_BC[:, None])
+        by_x = by_x_BVC.unflatten(1, x.shape[2:]).permute(0, 4, 1, 2, 3)
+        return by_x, by_weight_BC.sum(0), by_bias_BC.sum(0), None
 
 
 class Chance:

@@ -116,8 +116,7 @@ class VNet(nn.Module):
         joined: Tensor | None = None
         for level in reversed(range(len(skips))):
             x = self.up[level](self.rising_dropout[level](x))
-            x = torch.cat([x, self.skip_dropout(skips.pop())], dim=1)
-            x = self.decoder[level](x)
+            x = self.decoder[level](x, self.skip_dropout(skips.pop()))
             if level and self.plan.deep_supervision == "aggregate":
                 told = self.coarse[level - 1](x)
                 joined = self.doubled(told if joined is None else told + joined)

@@ -50,13 +50,19 @@ def load_checkpoint(
         for key, value in _tensors(root, source).items():
             part, _, rest = key.partition(".")
             parts[part][rest] = value.to(device)
+        weights = [weight for group in optimiser.param_groups for weight in group["params"]]
         slots: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in parts.pop("optimiser").items():
             index, _, slot = key.partition(".")
-            slots.setdefault(int(index), {})[slot] = value
+            slots.setdefault(int(index), {})[slot] = _laid_out_like(weights[int(index)], value)
         optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
         return parts, root.get_json(f"{source}/state.json")
     return None
+
+
+def _laid_out_like(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A moment of a weight as the optimiser's kernel walks through both: in the order of the weight in memory."""
+    return torch.empty_like(weight).copy_(value) if value.shape == weight.shape else value
 
 
 def _tensors(root: Root, source: str) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ import torch.distributed
 from torch import nn
 
 from vnet_core.errors import TrainingError
-from vnet_core.fitting import StepSettings, WeightAverage, build_optimiser, learning_rate_factor, train_step
+from vnet_core.fitting import StepSettings, WeightAverage, build_optimiser, learning_rate_factor, placed, train_step
 from vnet_core.inference import precision
 from vnet_core.losses import build_loss
 from vnet_core.networks.vnet import build_vnet, count_parameters, initialise
@@ -123,7 +123,7 @@ class Worker:
         initialise(network, self.plan.training.seed)
         if run.start:
             start_from(network, root, run.start)
-        self.network = network.to(seat.device)
+        self.network = placed(network, seat.device, self.precision)
         self.optimiser = build_optimiser(self.network, self.plan.training)
         self.average = WeightAverage(self.network, self.plan.training.average_decay)
         self.best: dict[str, torch.Tensor] = {}
