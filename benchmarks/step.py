@@ -163,7 +163,7 @@ def monai(size: Size, device: torch.device) -> list[Timed]:
     images, classes = batch_of(size, device)
     loss_of = DiceCELoss(to_onehot_y=True, softmax=True)
     rows = []
-    for precision in (processor_precision(device), torch.float32):
+    for precision in dict.fromkeys((processor_precision(device), torch.float32)):
         network = VNet(spatial_dims=3, in_channels=1, out_channels=2).to(device)
         optimiser = torch.optim.AdamW(network.parameters(), lr=1e-3)
 

@@ -61,8 +61,8 @@ def build_optimiser(network: nn.Module, plan: TrainingPlan) -> torch.optim.Optim
 def placed(network: Network, device: torch.device, precision: torch.dtype) -> Network:
     """The network on ``device``, laid out for steps in ``precision``; what is made of its weights is laid out alike.
 
-    Channels last, which halves the time of convolutions in float32 on processors with AVX2 (benchmarks/results has
-    both) and is what tensor cores compute in. bfloat16 on processors stays as torch lays it out.
+    Channels last, which takes a fifth of the time off a float32 step on processors with AVX2 (`benchmarks/step.py`) and
+    is what tensor cores compute in. bfloat16 on processors stays as torch lays it out.
     """
     if device.type == "cpu" and precision != torch.float32:
         return network.to(device)
