@@ -116,7 +116,14 @@ class VNet(nn.Module):
         joined: Tensor | None = None
         for level in reversed(range(len(skips))):
             x = self.up[level](self.rising_dropout[level](x))
-            x = self.decoder[level](x, self.skip_dropout(skips.pop()))
+            skip = self.skip_dropout(skips.pop())
+            if torch.is_grad_enabled():
+                x = self.decoder[level](x, skip)
+            else:
+                # without gradients nobody needs the two any more, and they are let go before the stage runs
+                x = torch.cat([x, skip], dim=1)
+                del skip
+                x = self.decoder[level](x)
             if level and self.plan.deep_supervision == "aggregate":
                 told = self.coarse[level - 1](x)
                 joined = self.doubled(told if joined is None else told + joined)
