@@ -30,6 +30,7 @@ from vnet_core.losses import build_loss
 from vnet_core.networks.layout import count_macs
 from vnet_core.networks.vnet import build_vnet
 from vnet_core.plan import Label, Plan
+from vnet_core.planning import planned_network
 from vnet_core.sections import NetworkPlan, TrainingPlan
 
 PASSES = 3.0
@@ -51,13 +52,7 @@ def paper(width: int) -> NetworkPlan:
     return NetworkPlan.model_validate({"preset": "paper", "width": width})
 
 
-SMALL_MR = NetworkPlan(
-    kernel_size=3,
-    convolutions=(2, 2, 2, 2),
-    activation="leaky-relu",
-    normalisation="instance",
-    decoder="narrow",
-)
+SMALL_MR = planned_network(width=16, levels=4)
 ON_GPU = (
     Size("preset paper", paper(16), 2, (64, 128, 128), 20),
     Size("small MR volumes", SMALL_MR, 2, (40, 56, 40), 20),

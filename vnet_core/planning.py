@@ -14,7 +14,7 @@ from vnet_core.geometry import ANISOTROPIC, Shape, Triple
 from vnet_core.networks.layout import count_macs
 from vnet_core.networks.memory import predicted_training_bytes
 from vnet_core.plan import Label, Plan
-from vnet_core.sections import AugmentationPlan, InferencePlan, NetworkPlan, PreprocessPlan, TrainingPlan
+from vnet_core.sections import AugmentationPlan, Axes, InferencePlan, NetworkPlan, PreprocessPlan, TrainingPlan
 
 STEP_GMACS_PER_CORE = 10.0
 """Multiply-accumulates (10^9) of one forward pass of a batch that a plan allows per processor core. With the backward
@@ -94,43 +94,14 @@ def derive_plan(
     intensity, reason = _intensity(value, channels)
     reasons.append(reason)
     voxels = np.maximum(np.round(np.median(extents, axis=0) / spacing), 1)
-    least = np.where(np.array(spacing) > ANISOTROPIC * min(spacing), BOTTOM_SLICES, BOTTOM_VOXELS)
-    levels = len(CONVOLUTIONS)
-    while levels > 2 and (np.ceil(voxels / 2 ** (levels - 1)) < least).any():
-        levels -= 1
-    reasons.append(
-        Reason(
-            "network.convolutions",
-            str(CONVOLUTIONS[:levels]),
-            f"the median volume of {_triple(voxels)} voxels leaves at least {_triple(least)} at the bottom of"
-            f" {levels} levels" + (", the most there are" if levels == len(CONVOLUTIONS) else ""),
-        )
-    )
+    levels, reason = _levels(voxels, spacing)
+    reasons.append(reason)
     patch, width, found = _patch_and_width(voxels, levels, len(channels), len(labels) + 1, machine)
     reasons += found
-    sided = [name for name in (label.name for label in labels) if _tells_sides(name)]
-    flips: tuple[()] | tuple[int, ...] = () if sided else (2,)
-    reasons.append(
-        Reason(
-            "training.augmentation.flip_axes",
-            str(list(flips)),
-            f"{', '.join(sided)} tells left from right, so nothing is mirrored"
-            if sided
-            else "no label's name tells left from right",
-        )
-    )
-    whole = bool((np.array(patch) >= voxels).all())
-    reasons.append(
-        Reason(
-            "inference.mirror_axes",
-            str(list(flips if whole else ())),
-            "the patch sees the whole volume, so a pass is short enough to be made of the mirror image too"
-            if whole and flips
-            else "no mirror image was trained on"
-            if whole
-            else "a second pass takes as long as the first",
-        )
-    )
+    flips, reason = _flips(labels)
+    reasons.append(reason)
+    mirrored, reason = _mirrored(flips, bool((np.array(patch) >= voxels).all()))
+    reasons.append(reason)
     words = "heads and patients lie a little differently each time; more slows a training of minutes down"
     reasons.append(Reason("training.augmentation.rotation_degrees", f"{ROTATION_DEGREES:g}", words))
     words = "what is turned or zoomed is interpolated, and so less sharp than a scan to segment; half stay as they are"
@@ -139,25 +110,24 @@ def derive_plan(
         channels=channels,
         labels=labels,
         preprocess=PreprocessPlan.model_validate({"spacing_mm": spacing, "interpolation": interpolation, **intensity}),
-        network=_network(width, levels),
+        network=planned_network(width, levels),
         training=TrainingPlan(
             patch_size=patch,
             batch_size=BATCH_SIZE,
-            augmentation=AugmentationPlan.model_validate(
-                {
-                    "probability": CHANGE_PROBABILITY,
-                    "flip_axes": flips,
-                    "rotation_degrees": ROTATION_DEGREES,
-                    "scaling": SCALING,
-                }
+            augmentation=AugmentationPlan(
+                probability=CHANGE_PROBABILITY,
+                flip_axes=flips,
+                rotation_degrees=ROTATION_DEGREES,
+                scaling=SCALING,
             ),
         ),
-        inference=InferencePlan(mirror_axes=flips if whole else ()),
+        inference=InferencePlan(mirror_axes=mirrored),
     )
     return Derivation(plan, tuple(reasons))
 
 
-def _network(width: int, levels: int) -> NetworkPlan:
+def planned_network(width: int, levels: int) -> NetworkPlan:
+    """The network that a derived plan has, of ``width`` channels at full resolution."""
     return NetworkPlan(
         kernel_size=3,
         width=width,
@@ -178,6 +148,44 @@ def _spacing(spacings: np.ndarray) -> tuple[Triple, str]:
             notes.append(f"; along {name} the 10th percentile, because {median[axis]:.3g} mm is a thick slice")
     z, y, x = (float(round(s, 4)) for s in spacing)
     return (z, y, x), f"the median of {len(spacings)} cases" + "".join(notes)
+
+
+def _levels(voxels: np.ndarray, spacing: Triple) -> tuple[int, Reason]:
+    """Resolutions of the network: the most that leave enough voxels (z, y, x) at the bottom."""
+    least = np.where(np.array(spacing) > ANISOTROPIC * min(spacing), BOTTOM_SLICES, BOTTOM_VOXELS)
+    levels = len(CONVOLUTIONS)
+    while levels > 2 and (np.ceil(voxels / 2 ** (levels - 1)) < least).any():
+        levels -= 1
+    words = (
+        f"the median volume of {_triple(voxels)} voxels leaves at least {_triple(least)} at the bottom of"
+        f" {levels} levels" + (", the most there are" if levels == len(CONVOLUTIONS) else "")
+    )
+    return levels, Reason("network.convolutions", str(CONVOLUTIONS[:levels]), words)
+
+
+def _flips(labels: tuple[Label, ...]) -> tuple[Axes, Reason]:
+    """Axes that samples are mirrored along."""
+    sided = [label.name for label in labels if _tells_sides(label.name)]
+    flips: Axes = () if sided else (2,)
+    words = (
+        f"{', '.join(sided)} tells left from right, so nothing is mirrored"
+        if sided
+        else "no label's name tells left from right"
+    )
+    return flips, Reason("training.augmentation.flip_axes", str(list(flips)), words)
+
+
+def _mirrored(flips: Axes, one_pass: bool) -> tuple[Axes, Reason]:
+    """Axes along which a mask is the mean over the mirror images; ``one_pass``: the patch sees the whole volume."""
+    mirrored = flips if one_pass else ()
+    words = "a second pass takes as long as the first"
+    if one_pass:
+        words = (
+            "the patch sees the whole volume, so a pass is short enough to be made of the mirror image too"
+            if flips
+            else "no mirror image was trained on"
+        )
+    return mirrored, Reason("inference.mirror_axes", str(list(mirrored)), words)
 
 
 def _intensity(value: Fingerprint, channels: tuple[str, ...]) -> tuple[dict[str, object], Reason]:
@@ -210,10 +218,10 @@ def _patch_and_width(
     patch = whole.copy()
 
     def gmacs(width: int) -> float:
-        return BATCH_SIZE * count_macs(_network(width, levels), channels, outputs, _shape(patch)) / 1e9
+        return BATCH_SIZE * count_macs(planned_network(width, levels), channels, outputs, _shape(patch)) / 1e9
 
     def step_gib(width: int) -> float:
-        network = _network(width, levels)
+        network = planned_network(width, levels)
         return predicted_training_bytes(network, channels, outputs, _shape(patch), BATCH_SIZE, 4) / GIB
 
     def fits(width: int) -> bool:
