@@ -8,9 +8,9 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.events import emit_missing
+from flows.nights.events import emit_missing
+from flows.schedules.timetable import without_success
 from flows.session import open_session
-from flows.timetable import without_success
 
 
 @flow(name="check-night", flow_run_name="check {cohort}", validate_parameters=True)

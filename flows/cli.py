@@ -22,9 +22,9 @@ from typing import Any
 
 from flows.commands import COMMANDS
 from flows.commands.command import Needs, Result
-from flows.prefect_api import check_api
-from flows.prefect_settings import prefect_environment
-from flows.server import local_api
+from flows.server.api import check_api
+from flows.server.process import local_api
+from flows.server.settings import prefect_environment
 from flows.session import ROOT_VARIABLE, SITE_VARIABLE, open_session
 from vnet_core.errors import ConfigError, EngineError, MemoryLimitError, StorageError, VnetError
 from workers.engines.machine import check_machine

@@ -11,15 +11,15 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from pydantic import Field
 
-from flows.artifacts import artifact_key
-from flows.closing import close_night
-from flows.fields import CohortName
-from flows.night import Order, checked_model, expected, run_night
+from flows.nights.closing import close_night
+from flows.nights.night import Order, checked_model, expected, run_night
 from flows.plans import PlanSource, make_plan
 from flows.review import answered, apply
 from flows.session import open_session
 from flows.stages import preprocess_cases, refusals, usable
 from flows.tasks import refresh_cohort
+from flows.ui.artifacts import artifact_key
+from flows.ui.fields import CohortName
 from workers.cohort import load_cohort, load_entries
 from workers.harmless import one_line
 from workers.ledger import Outcome, counts

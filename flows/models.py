@@ -10,9 +10,9 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import BaseModel, Field
 
-from flows.artifacts import artifact_key
-from flows.fields import PersonName, Reason
 from flows.session import open_session
+from flows.ui.artifacts import artifact_key
+from flows.ui.fields import PersonName, Reason
 from vnet_core.errors import VnetError
 from workers.harmless import one_line
 from workers.markdown import code, picture, table, text

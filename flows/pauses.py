@@ -9,8 +9,8 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import Field
 
-from flows.fields import CohortName
 from flows.session import open_session
+from flows.ui.fields import CohortName
 from workers.nights import pauses
 
 Person = Annotated[str, Field(min_length=1)]

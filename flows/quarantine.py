@@ -8,8 +8,8 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flows.fields import CohortName
 from flows.session import open_session
+from flows.ui.fields import CohortName
 from workers.cohort import load_cohort
 from workers.nights import attempts
 

@@ -9,9 +9,9 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flows.fields import CohortName
-from flows.pages import publish_night
 from flows.session import open_session
+from flows.ui.fields import CohortName
+from flows.ui.pages import publish_night
 from workers.reports.report import load_reporting, measuring, read_rows, reported_night, rewrite_night
 from workers.segmentation.masks import load_report
 

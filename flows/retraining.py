@@ -13,12 +13,12 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import BaseModel, Field
 
-from flows.fields import DEFAULT_MINUTES, PersonName, Reason
 from flows.models import publish_model
 from flows.session import open_session
 from flows.stages import preprocess_cases, usable
 from flows.tasks import refresh_cohort
 from flows.training import fit
+from flows.ui.fields import DEFAULT_MINUTES, PersonName, Reason
 from vnet_core.errors import TrainingError
 from workers.cohort import Cohort, Entry, check_reading, load_cohort, load_entries, volume_key
 from workers.delivery.corrections import training_manifest

@@ -21,10 +21,10 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed
 from pydantic import BaseModel, Field, create_model
 
-from flows.artifacts import artifact_key
-from flows.fields import CohortName
-from flows.pages import publish_night
 from flows.session import Session, open_session
+from flows.ui.artifacts import artifact_key
+from flows.ui.fields import CohortName
+from flows.ui.pages import publish_night
 from vnet_core.errors import ConfigError, VnetError
 from workers.delivery.handing import follow_up
 from workers.harmless import one_line

@@ -14,8 +14,8 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.utilities.annotations import quote
 
-from flows.artifacts import artifact_key
-from flows.pages import publish_night
+from flows.ui.artifacts import artifact_key
+from flows.ui.pages import publish_night
 from vnet_core.plan import Plan
 from workers import preprocess as preprocess_stage
 from workers.cohort import Case, Cohort, Entry, load_cohort

@@ -13,13 +13,13 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import BaseModel, Field, model_validator
 
-from flows.artifacts import artifact_key, validation_page
-from flows.fields import DEFAULT_MINUTES, CohortName
 from flows.models import publish_model
 from flows.plans import PlanSource, make_plan
 from flows.session import open_session
 from flows.stages import preprocess_cases, usable
 from flows.tasks import Progress
+from flows.ui.artifacts import artifact_key, validation_page
+from flows.ui.fields import DEFAULT_MINUTES, CohortName
 from workers.cohort import load_cohort, load_entries
 from workers.engines.clusters import Engines, ray_session
 from workers.harmless import one_line

@@ -23,7 +23,7 @@ __all__ = ["object_store", "writable_store"]
 TOGETHER = frozenset(
     f"tests/{name}.py"
     for name in (
-        "flows/test_commands",
+        "flows/commands/test_commands",
         "flows/test_faults",
         "flows/test_night_engine",
         "flows/test_training",

@@ -61,6 +61,12 @@ ORDER = (
 )  # fmt: skip
 """Folders and modules of workers; each imports only itself and those before it here."""
 
+ORDER_OF_FLOWS = (
+    "session", "plans", "server", "ui", "tasks", "stages", "reports", "reporting", "review", "pauses", "quarantine",
+    "models", "training", "retraining", "nights", "cohorts", "schedules", "checks", "commands", "cli",
+)  # fmt: skip
+"""The same of flows."""
+
 STAGES = ("ingest", "preprocess", "training.train", "segmentation.segment", "reports.report", "evaluate")
 
 
@@ -179,7 +185,7 @@ def test_a_module_of_vnet_core_imports_only_its_own_rank_and_lower_ones(module):
 
 
 def test_no_module_imports_itself_by_any_way():
-    """Of vnet_core and workers, imports inside functions included."""
+    """Imports inside functions included."""
     done: set[str] = set()
 
     def visit(module: str, way: tuple[str, ...]) -> None:
@@ -189,19 +195,21 @@ def test_no_module_imports_itself_by_any_way():
                 visit(target, (*way, module))
             done.add(module)
 
-    for module in [*of("vnet_core"), *of("workers")]:
+    for module in [*of("vnet_core"), *of("workers"), *of("flows")]:
         visit(module, ())
 
 
 # --- workers and flows
 
 
-@pytest.mark.parametrize("module", [name for name in of("workers") if name != "workers"])
-def test_a_folder_of_workers_imports_only_those_before_it(module):
-    place = ORDER.index(module.split(".")[1])
+@pytest.mark.parametrize("module", [name for name in (*of("workers"), *of("flows")) if "." in name])
+def test_a_folder_of_workers_or_flows_imports_only_those_before_it(module):
+    package = module.partition(".")[0]
+    order = {"workers": ORDER, "flows": ORDER_OF_FLOWS}[package]
+    place = order.index(module.split(".")[1])
     for target in imported(module):
-        if within(target, "workers") and target != "workers":
-            assert ORDER.index(target.split(".")[1]) <= place, f"{module} imports {target}"
+        if within(target, package) and target != package:
+            assert order.index(target.split(".")[1]) <= place, f"{module} imports {target}"
 
 
 def test_workers_know_neither_prefect_nor_flows():

@@ -21,7 +21,7 @@ from flows.commands.training import PLAN, PREPROCESS, TRAIN
 
 
 def _demo(options: Namespace) -> Result:
-    from flows.demo import demo
+    from flows.commands.demo import demo
 
     return demo()
 

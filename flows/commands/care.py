@@ -126,7 +126,7 @@ def gc(options: Namespace) -> Result:
         found = collect(session.root, found)
     versions = 0
     if rules.artifacts_days is not None:
-        from flows.pruning import old_versions, prune
+        from flows.server.pruning import old_versions, prune
 
         with _api() as url:
             versions = (old_versions if options.dry_run else prune)(url, rules.artifacts_days, now)
@@ -160,8 +160,8 @@ def _by_kind(found: Sequence[Spare]) -> Iterator[str]:
 @contextlib.contextmanager
 def _api() -> Iterator[str]:
     """The Prefect API that is named or runs on this root, or a private one for the block."""
-    from flows.prefect_api import check_api
-    from flows.server import local_api
+    from flows.server.api import check_api
+    from flows.server.process import local_api
 
     url = os.environ.get("PREFECT_API_URL")
     if url:
@@ -189,7 +189,7 @@ GC = Command("gc", "remove by rules what nothing refers to any more", "root", _g
 
 def doctor(options: Namespace) -> Result:
     """``vnet doctor``: exit code 3 when something is bad. It opens root and site itself, since they may be at fault."""
-    from flows.prefect_settings import prefect_environment
+    from flows.server.settings import prefect_environment
     from workers.settings.site import Site
     from workers.storage.store import Root
 
@@ -198,7 +198,7 @@ def doctor(options: Namespace) -> Result:
     with contextlib.suppress(ValueError):
         # before Prefect is imported
         os.environ.update(prefect_environment(Root(root_url or Site().root).home / "prefect"))
-    from flows.doctor import diagnose
+    from flows.commands.doctor import diagnose
 
     checks = diagnose(root_url, site_file, utc_now())
     extra = {"checks": [asdict(check) for check in checks]}

@@ -110,7 +110,7 @@ def _history(options: Namespace) -> Result:
 
 
 def _describe(options: Namespace) -> Result:
-    from flows.networks import describe
+    from flows.commands.networks import describe
 
     text, extra = describe(options, text_table)
     return Result(text, [], extra)

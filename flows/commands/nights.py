@@ -23,7 +23,7 @@ def _serve_arguments(parser: ArgumentParser) -> None:
 
 def serve(options: Namespace) -> Result:
     """``vnet serve``: runs until it is interrupted."""
-    from flows.deployments import serve as run
+    from flows.schedules.deployments import serve as run
     from workers.settings.site import Nightly
 
     if options.cohort and not options.model:
@@ -61,7 +61,7 @@ def _deploy_arguments(parser: ArgumentParser) -> None:
 
 def deploy(options: Namespace) -> Result:
     """``vnet deploy``: deployments, schedules, automations and the block of the site file, in a Prefect server."""
-    from flows.deployments import deploy as run
+    from flows.schedules.deployments import deploy as run
 
     changes = run(open_session(), options.api, options.work_pool)
     text = "\n".join(f"{change:<10}  {name}" for name, change in changes.items())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flows.server import ServerProcess, start_server
+from flows.server.process import ServerProcess, start_server
 from tests.flows.command import Command, receipts
 from tests.flows.standing import standing_engines
 from tests.workers.tiny_cohort import publish_model, take_in, write_scan

@@ -15,8 +15,8 @@ from pathlib import Path
 def main(folder: Path, started: datetime) -> None:
     from prefect import flow
 
-    import flows.shift
-    from flows.night import Order, checked_model, run_night
+    import flows.nights.shift
+    from flows.nights.night import Order, checked_model, run_night
     from flows.session import Session
     from flows.tasks import refresh_cohort
     from tests.flows.nights_of_a_month import COHORT
@@ -28,7 +28,7 @@ def main(folder: Path, started: datetime) -> None:
 
     published: list[str] = []
 
-    class Mortal(flows.shift.Shift):
+    class Mortal(flows.nights.shift.Shift):
         def settle(self, outcome: Outcome) -> None:
             super().settle(outcome)
             if outcome.state == "computed":
@@ -41,9 +41,9 @@ def main(folder: Path, started: datetime) -> None:
 
     @flow(name="killed")
     def killed() -> None:
-        import flows.night
+        import flows.nights.night
 
-        flows.night.Shift = Mortal
+        flows.nights.night.Shift = Mortal
         refresh_cohort(session.root, COHORT)
         run_night(session, order, checked_model(session, order), started)
 

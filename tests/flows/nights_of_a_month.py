@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from flows.prefect_settings import prefect_environment
-from flows.server import local_api
+from flows.server.process import local_api
+from flows.server.settings import prefect_environment
 from tests.files import file_of
 from tests.workers.tiny_cohort import MODEL, publish_model, take_in, write_scan
 from workers.engines.clusters import ray_session
@@ -199,7 +199,7 @@ def run(month: Month, started: datetime, rules: NightRules, clock: Callable[[], 
     """A night in this process, with the flow's own parts."""
     from prefect import flow
 
-    from flows.night import Order, checked_model, run_night
+    from flows.nights.night import Order, checked_model, run_night
     from flows.session import Session
     from flows.tasks import refresh_cohort
 

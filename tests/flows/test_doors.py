@@ -21,7 +21,7 @@ import psutil
 import pytest
 from distributed.security import Security
 
-from flows.server import ServerProcess, start_server
+from flows.server.process import ServerProcess, start_server
 from tests.flows.command import Command
 from tests.pickles import pickles
 from tests.walkthrough import environment
@@ -52,7 +52,7 @@ class Evening:
 def kind_of(line: str) -> str:
     if any(word in line for word in RAY):
         return "ray"
-    if "flows.server" in line:
+    if "flows.server.app" in line:
         return "prefect"
     return "dask worker" if DASK in line else "vnet" if "bin/vnet" in line else line[:100]
 

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from flows.commands.data import ingest_sources
-from flows.server import ServerProcess
+from flows.server.process import ServerProcess
 from tests.conftest import Walkthrough
 from tests.flows.command import Command, receipts, until
 from vnet_core.networks.vnet import build_vnet, initialise

@@ -12,7 +12,7 @@ import safetensors.torch
 
 from examples.make_scans import main as make_scans
 from flows.retraining import check_something_new, read_corrections, with_corrections
-from tests.flows.test_commands import run
+from tests.flows.commands.test_commands import run
 from tests.workers.known_model import known_plan
 from vnet_core.errors import TrainingError
 from vnet_core.geometry import Geometry

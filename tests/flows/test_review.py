@@ -23,11 +23,11 @@ from prefect.states import Completed
 
 from flows.cli import main
 from flows.review import LATER, MOST_CASES, answered, apply, collect, gate, mirrorable, newest_rows
-from flows.server import ServerProcess, start_server
+from flows.server.process import ServerProcess, start_server
 from flows.session import Session, open_session
 from tests.flows.browser import _set_field as set_field
 from tests.flows.browser import call_api, open_browser, screenshot, wait_for_run
-from tests.flows.test_server import environment, until
+from tests.flows.server.test_server import environment, until
 from tests.pickles import pickles
 from tests.workers.delivery.test_corrections import PLAN, corrected, mask_values, scan
 from tests.workers.known_model import known_network
@@ -52,7 +52,7 @@ SERVE = """
 import os
 from prefect.flows import EntrypointType
 from flows.review import review_cases
-from flows.serving import serve_until_stopped
+from flows.schedules.serving import serve_until_stopped
 from tests.flows.test_review import gated
 found = [flow.to_deployment("local", entrypoint_type=EntrypointType.MODULE_PATH) for flow in (gated, review_cases)]
 serve_until_stopped(found, os.environ["PREFECT_API_URL"])

@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from tests.conftest import Walkthrough
 from tests.files import file_of
-from tests.flows.test_commands import run
+from tests.flows.commands.test_commands import run
 from workers.registry.models import load_model, load_networks
 from workers.storage.store import Root
 

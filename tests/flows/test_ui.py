@@ -24,7 +24,7 @@ from tests.flows.browser import (
     screenshot,
     wait_for_run,
 )
-from tests.flows.test_server import gone, until
+from tests.flows.server.test_server import gone, until
 from tests.walkthrough import environment
 from workers.reports.query import Query, query
 from workers.storage.store import Root

@@ -2,8 +2,8 @@
 
 from dataclasses import asdict
 
-from flows.artifacts import validation_page
-from tests.flows.test_artifacts import png, without_pictures
+from flows.ui.artifacts import validation_page
+from tests.flows.ui.test_artifacts import png, without_pictures
 from tests.workers.ball_cohort import ball_plan
 from workers.storage.store import Root
 from workers.training.run import Budget, Run

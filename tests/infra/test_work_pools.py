@@ -11,7 +11,7 @@ import prefect.server.api
 import pytest
 import yaml
 
-from flows.prefect_settings import HEARTBEAT_S
+from flows.server.settings import HEARTBEAT_S
 from tests.infra.kustomize import build
 from tests.walkthrough import REPOSITORY
 from workers.settings.site import load_site

@@ -16,7 +16,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from flows.pages import _html
+from flows.ui.pages import _html
 from tests.files import file_of
 from tests.flows.browser import EXECUTABLES, FLAGS
 from tests.workers.night_of_phantoms import blank, labelled, new_root, night_of, segmented
