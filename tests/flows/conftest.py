@@ -97,6 +97,13 @@ def prefect_home(site_server: ServerProcess) -> Callable[[Path], Path]:
     return make
 
 
+@pytest.fixture(scope="module")
+def server(prefect_home: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A Prefect server of a module's own."""
+    with start_server(prefect_home(tmp_path_factory.mktemp("prefect") / "home"), 0) as started:
+        yield started
+
+
 @pytest.fixture(scope="session")
 def taken_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with a model and a cohort ``many`` of which nothing is segmented yet; its scans lie beside it."""

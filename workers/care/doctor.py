@@ -42,7 +42,7 @@ MEMORY_GIB = 8.0
 DRIFT_S = (2.0, 60.0)
 """Seconds between the clocks of the storage and of this machine; runs are taken for dead after 45."""
 OUR_WORDS = (
-    "flows.server.app",
+    "flows.server",
     "flows.cli",
     "bin/vnet",
     "raylet",

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from flows.cli import main
 from flows.commands.care import told
-from flows.server.process import ServerProcess, start_server
+from flows.server.process import ServerProcess
 from flows.server.settings import prefect_environment
 from tests.files import file_of
 from tests.flows.browser import call_api
@@ -227,12 +227,6 @@ def diagnose(root, site, now, url):
 
 print(json.dumps([diagnose(*asked) for asked in json.load(sys.stdin)]))
 """
-
-
-@pytest.fixture(scope="module")
-def server(prefect_home: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with start_server(prefect_home(tmp_path_factory.mktemp("prefect") / "home"), 0) as started:
-        yield started
 
 
 def run(program: str, asked: object, home: Path) -> Any:

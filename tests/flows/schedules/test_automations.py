@@ -8,18 +8,17 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.events.actions import DoNothing, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.nights.events import failures_text
 from flows.schedules.automations import BLOCK, apply, notification_block, save_block, wanted
-from flows.server.process import ORPHANED, ServerProcess, start_server
+from flows.server.process import ORPHANED, ServerProcess
 from tests.flows.browser import call_api
 from tests.flows.server.test_server import environment, until
 from vnet_core.errors import ConfigError
@@ -55,18 +54,6 @@ from tests.flows.sample_flows import report, stall
 with tags(*sys.argv[3:]):
     stall(sys.argv[2]) if sys.argv[1] == "stall" else report("demo", return_state=True)
 """
-
-
-@pytest.fixture(scope="module")
-def server(prefect_home: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with start_server(prefect_home(tmp_path_factory.mktemp("prefect") / "home"), 0) as started:
-        yield started
-
-
-@pytest.fixture
-def client(server: ServerProcess) -> Iterator[SyncPrefectClient]:
-    with temporary_settings({PREFECT_API_URL: server.api_url}), get_client(sync_client=True) as opened:
-        yield opened
 
 
 class Receiver(http.server.ThreadingHTTPServer):

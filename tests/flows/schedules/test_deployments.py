@@ -3,20 +3,19 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Running
 
 from flows.schedules.deployments import catch_up, deploy, deployments, publish
 from flows.schedules.starting import start_night
-from flows.server.process import ServerProcess, start_server
+from flows.server.process import ServerProcess
 from flows.server.settings import HEARTBEAT_S
 from flows.session import Session
 from tests.flows.browser import call_api
@@ -53,18 +52,6 @@ FORMS = {
     "resume-night",
     "report-night",
 }
-
-
-@pytest.fixture(scope="module")
-def server(prefect_home: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with start_server(prefect_home(tmp_path_factory.mktemp("prefect") / "home"), 0) as started:
-        yield started
-
-
-@pytest.fixture
-def client(server: ServerProcess) -> Iterator[SyncPrefectClient]:
-    with temporary_settings({PREFECT_API_URL: server.api_url}), get_client(sync_client=True) as opened:
-        yield opened
 
 
 def by_name(nightlies: list[Nightly]) -> dict[str, Any]:

@@ -77,12 +77,6 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-@pytest.fixture(scope="module")
-def server(prefect_home: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with start_server(prefect_home(tmp_path_factory.mktemp("prefect") / "home"), 0) as started:
-        yield started
-
-
 @pytest.fixture
 def home(prefect_home: Callable[[Path], Path], tmp_path: Path) -> Path:
     return prefect_home(tmp_path / "home")
