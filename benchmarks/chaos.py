@@ -47,7 +47,7 @@ OVER_S = 90.0
 """How long what a killed process has started may take to end."""
 KINDS = ("flow", "actor", "actor", "dask worker", "dask worker", "prefect server", "raylet")
 """What is killed; the more often it stands here, the more often."""
-_PART = {"actor": "ray::Segmenter", "dask worker": "multiprocessing.spawn", "prefect server": "flows.server.app"}
+_PART = {"actor": "ray::Segmenter", "dask worker": "multiprocessing.spawn", "prefect server": "flows.server"}
 """Of the command line of each kind of process, but for the flow's own and the raylet."""
 
 

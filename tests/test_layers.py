@@ -54,18 +54,18 @@ IMPURE = {
 }  # fmt: skip
 """What vnet_core does without: engines, files, network, environment, clock, global randomness, threads."""
 
-ORDER = (
-    "harmless", "markdown", "failpoints", "outputs", "storage", "identity", "ledger", "beside", "leases", "formats",
-    "dicom", "sources", "cohort", "registry", "engines", "segmentation", "training", "nights", "reports", "settings",
-    "care", "delivery", "ingest", "stretches", "preprocess", "evaluate",
-)  # fmt: skip
-"""Folders and modules of workers; each imports only itself and those before it here."""
-
-ORDER_OF_FLOWS = (
-    "session", "plans", "server", "ui", "tasks", "stages", "reports", "reporting", "review", "pauses", "quarantine",
-    "models", "training", "retraining", "nights", "cohorts", "schedules", "checks", "commands", "cli",
-)  # fmt: skip
-"""The same of flows."""
+ORDER = {
+    "workers": (
+        "harmless", "markdown", "failpoints", "outputs", "storage", "identity", "ledger", "beside", "leases", "formats",
+        "dicom", "sources", "cohort", "registry", "engines", "segmentation", "training", "nights", "reports",
+        "settings", "care", "delivery", "ingest", "stretches", "preprocess", "evaluate",
+    ),
+    "flows": (
+        "session", "plans", "server", "ui", "tasks", "stages", "reports", "reporting", "review", "pauses", "quarantine",
+        "models", "training", "retraining", "nights", "cohorts", "schedules", "checks", "commands", "cli",
+    ),
+}  # fmt: skip
+"""Folders and modules of a package; each imports only itself and those before it here."""
 
 STAGES = ("ingest", "preprocess", "training.train", "segmentation.segment", "reports.report", "evaluate")
 
@@ -202,14 +202,13 @@ def test_no_module_imports_itself_by_any_way():
 # --- workers and flows
 
 
-@pytest.mark.parametrize("module", [name for name in (*of("workers"), *of("flows")) if "." in name])
+@pytest.mark.parametrize("module", [name for package in ORDER for name in of(package) if name != package])
 def test_a_folder_of_workers_or_flows_imports_only_those_before_it(module):
-    package = module.partition(".")[0]
-    order = {"workers": ORDER, "flows": ORDER_OF_FLOWS}[package]
-    place = order.index(module.split(".")[1])
+    package, part = module.split(".")[:2]
+    place = ORDER[package].index(part)
     for target in imported(module):
         if within(target, package) and target != package:
-            assert order.index(target.split(".")[1]) <= place, f"{module} imports {target}"
+            assert ORDER[package].index(target.split(".")[1]) <= place, f"{module} imports {target}"
 
 
 def test_workers_know_neither_prefect_nor_flows():

@@ -426,7 +426,7 @@ def test_nothing_that_opens_something_is_left_anywhere(stay: Stay) -> None:
 
 
 def test_no_process_shows_a_secret_in_its_command_line(stay: Stay) -> None:
-    for word in ("raylet", "gcs_server", "flows.server.app", "multiprocessing.spawn", "workers.sources.reading"):
+    for word in ("raylet", "gcs_server", "flows.server", "multiprocessing.spawn", "workers.sources.reading"):
         assert any(word in line for line in stay.lines), word
     shown = {what for what, text in SECRETS.items() for line in stay.lines if text in line}
     assert shown == set()

@@ -52,7 +52,7 @@ class Evening:
 def kind_of(line: str) -> str:
     if any(word in line for word in RAY):
         return "ray"
-    if "flows.server.app" in line:
+    if "flows.server" in line:
         return "prefect"
     return "dask worker" if DASK in line else "vnet" if "bin/vnet" in line else line[:100]
 

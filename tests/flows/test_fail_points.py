@@ -52,7 +52,7 @@ def test_a_prefect_server_that_dies_costs_no_case(
     root = Path(shutil.copytree(taken_in, tmp_path / "root"))
     command = vnet(*nightly(), root=root)
     command.until(lambda: Root(root).names("runs") and len(receipts(root)) >= masks)
-    server = command.process("flows.server.app")
+    server = command.process("flows.server")
     assert server is not None
     server.kill()
     died = time.monotonic()

@@ -170,7 +170,7 @@ def test_a_night_reports_to_it_and_the_machines_of_dask_and_ray_need_no_word_of_
 
     assert any("ray::" in line for line, _ in of_engines.values()), "no actor was seen"
     assert {name for _, names in of_engines.values() for name in names} == set()
-    assert not [line for line, _ in of_engines.values() if "prefect" in line or "flows.server.app" in line]
+    assert not [line for line, _ in of_engines.values() if "prefect" in line or "flows.server" in line]
     assert not (root / "prefect" / "prefect.db").exists(), "a server of this machine has been there"
     assert not list((root / "prefect").glob("servers/*"))
 

@@ -143,7 +143,7 @@ def test_the_same_night_again_computes_nothing_and_starts_no_engine(walkthrough:
     again = run("nightly", "--cohort", "tonight", "--model", "organs", root=root)
     assert again.code == 3, again.err
     assert "no case computed: 3 cached, 1 refused" in again.out
-    assert again.started("flows.server.app")  # the watch sees what there is
+    assert again.started("flows.server")  # the watch sees what there is
     assert not again.started("raylet")
     assert not again.started("multiprocessing")
     assert "Traceback" not in again.err
