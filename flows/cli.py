@@ -27,6 +27,7 @@ from flows.server.process import local_api
 from flows.server.settings import prefect_environment
 from flows.session import ROOT_VARIABLE, SITE_VARIABLE, open_session
 from vnet_core.errors import ConfigError, EngineError, MemoryLimitError, StorageError, VnetError
+from workers.collector import collector_at_rest
 from workers.engines.machine import check_machine
 from workers.harmless import printable
 from workers.ledger import nameless
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr), _ends_in_order(), _environment(options) as api_is_ready:
             # the server starts while Prefect is imported
             if needs(options) == "api":
-                importlib.import_module("flows.cohorts")
+                with collector_at_rest():
+                    importlib.import_module("flows.cohorts")
             api_is_ready()
             with nameless(f"vnet {options.command}"):
                 result = COMMANDS[options.command].run(options)

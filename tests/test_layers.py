@@ -24,6 +24,7 @@ RANKS = (
         "deformation",
         "splits",
         "agreement",
+        "challenge",
         "postprocess",
         "spread",
         "metrics",
@@ -56,9 +57,9 @@ IMPURE = {
 
 ORDER = {
     "workers": (
-        "harmless", "markdown", "failpoints", "outputs", "storage", "identity", "ledger", "beside", "leases", "formats",
-        "dicom", "sources", "cohort", "registry", "engines", "segmentation", "training", "nights", "reports",
-        "settings", "care", "delivery", "ingest", "stretches", "preprocess", "evaluate",
+        "collector", "harmless", "markdown", "failpoints", "outputs", "storage", "identity", "ledger", "beside",
+        "leases", "formats", "dicom", "sources", "cohort", "registry", "engines", "segmentation", "training", "nights",
+        "reports", "settings", "care", "delivery", "ingest", "stretches", "preprocess", "evaluate",
     ),
     "flows": (
         "session", "plans", "server", "ui", "tasks", "stages", "reports", "reporting", "review", "pauses", "quarantine",

@@ -23,7 +23,8 @@ from scipy import ndimage
 from vnet_core.errors import ConfigError
 from vnet_core.geometry import Triple
 from vnet_core.plan import Label, Region
-from vnet_core.surface import check_shapes, surface_distances
+from vnet_core.surface import surface_distances
+from vnet_core.volume import check_shapes
 
 Box = tuple[slice, slice, slice]
 

@@ -20,8 +20,9 @@ from itertools import product
 import numpy as np
 from scipy.spatial import ConvexHull, cKDTree
 
-from vnet_core.errors import ConfigError, ScanError
+from vnet_core.errors import ConfigError
 from vnet_core.geometry import Shape, Triple
+from vnet_core.volume import check_shapes
 
 SLAB_VOXELS = 1 << 24
 """Most voxels of which neighbourhoods are looked at together."""
@@ -246,16 +247,6 @@ class SurfaceDistances:
         return (
             float(self.predicted_areas_mm2[self.to_truth_mm <= limit].sum()),
             float(self.truth_areas_mm2[self.to_prediction_mm <= limit].sum()),
-        )
-
-
-def check_shapes(prediction_ZYX: np.ndarray, truth_ZYX: np.ndarray) -> None:
-    """Raise ScanError ``metrics.shape`` when two label maps or masks differ in shape."""
-    if prediction_ZYX.shape != truth_ZYX.shape:
-        raise ScanError(
-            "metrics.shape",
-            f"the prediction has shape {prediction_ZYX.shape}, the truth {truth_ZYX.shape};"
-            " bring both onto one grid first",
         )
 
 

@@ -108,3 +108,13 @@ def foreground_box(voxels: np.ndarray) -> tuple[Shape, Shape]:
         start.append(int(rows[0]))
         stop.append(int(rows[-1]) + 1)
     return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
+
+
+def check_shapes(prediction_ZYX: np.ndarray, truth_ZYX: np.ndarray) -> None:
+    """Raise ScanError ``metrics.shape`` when two label maps or masks differ in shape."""
+    if prediction_ZYX.shape != truth_ZYX.shape:
+        raise ScanError(
+            "metrics.shape",
+            f"the prediction has shape {prediction_ZYX.shape}, the truth {truth_ZYX.shape};"
+            " bring both onto one grid first",
+        )

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from flows.session import Session
 from vnet_core.errors import VnetError
-from vnet_core.pictures.comparison import agreement_picture, two_outlines
+from vnet_core.pictures.bland_altman import bland_altman_picture
+from vnet_core.pictures.outlines import two_outlines
 from workers.ledger import Outcome, State, settle
 from workers.markdown import code, picture, table, text
 from workers.nights.shadows import (
@@ -201,7 +202,7 @@ def _plot(found: Shadow, pairs: Sequence[Pair]) -> str:
     for pair in pairs:
         volumes.setdefault(pair.label, []).append((pair.champion_ml, pair.challenger_ml))
     title = f"{found.challenger} against {found.champion}"
-    return picture("Bland-Altman plot of the volumes", agreement_picture(volumes, title))
+    return picture("Bland-Altman plot of the volumes", bland_altman_picture(volumes, title))
 
 
 def _reading_aid() -> str:

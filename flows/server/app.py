@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.server.settings import HOST
+from workers.collector import collector_at_rest
 from workers.storage.locks import alone
 from workers.storage.modes import for_the_owner_alone
 
@@ -70,12 +71,14 @@ def _serve(listener_fd: int, kind: str) -> None:
     """The child process: Prefect's application on a socket that its parent has opened."""
     for_the_owner_alone()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    import uvicorn
-    from prefect.server.api.server import create_app
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    with collector_at_rest():
+        import uvicorn
+        from prefect.server.api.server import create_app
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+        application = create_app(final=True, ephemeral=kind == "api")
     # around the application, not in it: the actions of automations ask it from within, as a host of another name
-    own = _OwnPagesOnly(create_app(final=True, ephemeral=kind == "api"))
+    own = _OwnPagesOnly(application)
 
     class OneStartAtATime(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:

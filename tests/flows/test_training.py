@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import safetensors.numpy
 
+from flows.server.process import ServerProcess
 from tests.conftest import Walkthrough
 from tests.files import file_of
-from tests.flows.commands.test_commands import run
+from tests.flows.commands.test_commands import run, run_in_one_process
 from workers.registry.models import load_model, load_networks
 from workers.storage.store import Root
 
@@ -119,19 +120,17 @@ def test_a_training_that_starts_from_a_model(root: Path) -> None:
     assert second["training"]["steps"] == 1
 
 
-def test_refusals_say_what_would_work(root: Path) -> None:
+def test_refusals_say_what_would_work(root: Path, site_server: ServerProcess) -> None:
     plan = root.parent / "large.toml"
     plan.write_text(PLAN.replace("batch_size = 2", "batch_size = 200000"))
-    large = run("train", "--cohort", "training", "--model", "x", "--plan", str(plan), "--steps", "1", root=root)
+    train = ["train", "--cohort", "training", "--model", "x", "--steps", "1"]
+    commands = [[*train, "--plan", str(plan)], [*train, "--folds", "19"], [*train, "--folds", "2", "--workers", "2"]]
+    large, many, both = run_in_one_process(commands, root, PREFECT_API_URL=site_server.api_url)
     assert large.code == 2
     assert "plan.memory" in large.err
     assert "use training.batch_size" in large.err
-    many = run("train", "--cohort", "training", "--model", "x", "--folds", "19", "--steps", "1", root=root)
     assert many.code == 4
     assert "train.folds" in many.err
-    both = run(
-        "train", "--cohort", "training", "--model", "x", "--folds", "2", "--workers", "2", "--steps", "1", root=root
-    )
     assert both.code == 2
     assert "leave out --workers" in both.err
 

@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vnet_core.challenge import Agreement, bland_altman, overlaps
 from vnet_core.errors import ConfigError, StorageError
 from vnet_core.geometry import same_grid
-from vnet_core.pictures.comparison import Agreement, bland_altman, overlaps
 from vnet_core.plan import Plan, digest_of
 from vnet_core.volume import Volume
 from workers.cohort import Case

@@ -42,7 +42,15 @@ from vnet_core.geometry import Geometry, from_mapping, to_mapping
 from vnet_core.plan import Label
 from vnet_core.sections import ReadingPlan
 from vnet_core.volume import Scan, Volume
-from workers.sources.scans import AS_STORED, bring_in_readers, is_dicom_file, read_geometry, read_label_scan, read_scan
+from workers.sources.scans import (
+    AS_STORED,
+    bring_in_readers,
+    bring_in_readers_of_drawn_labels,
+    is_dicom_file,
+    read_geometry,
+    read_label_scan,
+    read_scan,
+)
 from workers.storage.modes import for_the_owner_alone
 
 _PR_SET_PDEATHSIG = 1
@@ -306,8 +314,10 @@ def _answered(request: dict[str, Any], theirs: socket.socket) -> tuple[dict[str,
         import vnet_core.straighten  # noqa: F401  brings torch, whose libraries are larger than the limit
     task: Literal["scan", "label", "geometry"] = request["task"]
     source, image = request["source"], from_mapping(request["image"]) if request.get("image") else None
+    drawn = task == "label" and is_dicom_file(Path(source))
+    if drawn:
+        bring_in_readers_of_drawn_labels()
     _limit(limits.spare_bytes)
-    drawn = task == "label" and image is not None and is_dicom_file(Path(source))
     judged = image if drawn and image else read_geometry(source, reading)
     if task == "geometry":
         return {"geometry": to_mapping(judged)}, None

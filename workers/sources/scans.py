@@ -282,5 +282,8 @@ def bring_in_readers() -> None:
     """Import what reading a scan would import on the way; for a process that limits its memory before it reads."""
     import SimpleITK  # noqa: F401
 
+
+def bring_in_readers_of_drawn_labels() -> None:
+    """As :func:`bring_in_readers`, for labels in DICOM segmentations and contours; takes half a second."""
     import workers.dicom.segmentation
     import workers.dicom.structures  # noqa: F401

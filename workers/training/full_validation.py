@@ -11,7 +11,7 @@ import torch
 
 from vnet_core.errors import VnetError
 from vnet_core.inference import precision
-from vnet_core.pictures.comparison import two_outlines
+from vnet_core.pictures.outlines import two_outlines
 from vnet_core.plan import Plan
 from vnet_core.structures import Structure, structures
 from workers.cohort import volume_geometry

@@ -104,6 +104,20 @@ def run(*arguments: str | Path, root: Path, **variables: str) -> Answer:
     return Answer(process.returncode, out, err, frozenset(watched))
 
 
+def run_in_one_process(commands: list[list[str]], root: Path, **variables: str) -> list[Answer]:
+    """As ``run``, one after the other, in one process that imports everything once; its children are not watched."""
+    process = subprocess.run(
+        [sys.executable, "-c", MANY_COMMANDS],
+        input=json.dumps(commands),
+        env=environment() | {"VNET_ROOT": str(root), "PYTHONPATH": str(REPOSITORY)} | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    return [Answer(answer["code"], answer["out"], answer["err"]) for answer in json.loads(process.stdout)]
+
+
 @pytest.fixture
 def vnet(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Answer]]:
     """Run a command that needs no flow in this process, and leave the process as it was."""
@@ -330,17 +344,7 @@ def refusals(
         "resume": ["train", "--cohort", "training", "--model", "new", "--resume"],
         "option": ["train", "--cohort", "training", "--model", "new", "--steps", "5", "--minutes", "1"],
     }
-    variables = {"PREFECT_API_URL": site_server.api_url, "VNET_ROOT": str(root), "PYTHONPATH": REPOSITORY}
-    process = subprocess.run(
-        [sys.executable, "-c", MANY_COMMANDS],
-        input=json.dumps(list(commands.values())),
-        env=environment() | variables,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
-    answers = [Answer(answer["code"], answer["out"], answer["err"]) for answer in json.loads(process.stdout)]
+    answers = run_in_one_process(list(commands.values()), root, PREFECT_API_URL=site_server.api_url)
     return dict(zip(commands, answers, strict=True))
 
 
