@@ -7,18 +7,13 @@ import pytest
 from workers.collector import collector_at_rest
 
 
-@pytest.fixture(autouse=True)
-def _thawed():
-    yield
-    gc.unfreeze()
-
-
-def test_nothing_is_collected_within_and_what_was_made_is_left_alone():
+def test_nothing_is_collected_within_and_all_is_as_before_after_it():
+    before = gc.get_freeze_count()
     with collector_at_rest():
         assert not gc.isenabled()
-        kept = [[] for _ in range(1000)]
     assert gc.isenabled()
-    assert gc.get_freeze_count() >= len(kept)
+    # what is frozen is left over at the end of the process, and some libraries complain of that on standard error
+    assert gc.get_freeze_count() == before
 
 
 def test_it_works_again_after_an_error():

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.flows.browser import call_api
 from tests.flows.command import Command, receipts, until
 from tests.flows.conftest import TINY_CASES
@@ -37,6 +39,7 @@ def caught_up(url: str) -> list[dict]:
     return answer(url, "/flow_runs/filter", {"flow_runs": {"tags": {"all_": ["catch-up"]}}}) or []
 
 
+@pytest.mark.slow
 def test_a_missed_night_is_caught_up_cancelled_and_done_by_the_next_run(
     vnet: Callable[..., Command], taken_in: Path, prefect_home: Callable[[Path], Path], tmp_path: Path
 ) -> None:
