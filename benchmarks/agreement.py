@@ -19,7 +19,6 @@ import numpy as np
 from scipy import ndimage
 
 from benchmarks.machine import provenance, tell
-from vnet_core.errors import ConfigError
 from vnet_core.metrics import dice
 from workers.sources.scans import read_label
 
@@ -89,7 +88,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="results file (default: none)")
     options = parser.parse_args()
     if len(options.masks) < 2:
-        raise ConfigError("agreement.series", "1 folder of masks agrees with nobody; name two or more")
+        parser.error("1 folder of masks agrees with nobody; name two or more")
     names = sorted(path.name for path in options.truth.iterdir())
     truth, *series = (
         [read_label(folder / name).labels for name in names] for folder in (options.truth, *options.masks)

@@ -280,6 +280,7 @@ def _whole_numbers(volume: Volume) -> Volume:
 
 def bring_in_readers() -> None:
     """Import what reading a scan would import on the way; for a process that limits its memory before it reads."""
+    import pydicom.pixels  # noqa: F401
     import SimpleITK  # noqa: F401
 
 

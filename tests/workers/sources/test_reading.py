@@ -15,8 +15,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
+from pydicom.uid import RLELossless
 
+from tests.walkthrough import REPOSITORY
 from tests.workers.formats.test_nifti import affine, placed
 from tests.workers.formats.test_ome_zarr import image
 from tests.workers.sources.test_scans import META, NRRD, OBLIQUE, grid, nifti_bytes, numbered, series
@@ -242,6 +245,28 @@ def test_memory_beyond_the_limit_refuses_one_scan(tmp_path, scan_file):
     large = read_scan_apart(tmp_path / "large.nii.gz")
     assert large.volume.geometry.shape == shape
     assert not large.volume.voxels.any()
+
+
+BRINGS_IN = """
+import sys
+from workers.sources.scans import bring_in_readers, read_scan
+bring_in_readers()
+before = set(sys.modules)
+read_scan(sys.argv[1])
+print(sorted(set(sys.modules) - before), "highdicom" in sys.modules)
+"""
+
+
+def test_a_scan_is_read_without_a_further_import(tmp_path):
+    """Libraries that come in under the limit of memory would count as the scan's."""
+    series(tmp_path)
+    for path in tmp_path.iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.compress(RLELossless)
+        dataset.save_as(path)
+    command = [sys.executable, "-c", BRINGS_IN, str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == "[] False\n", done.stderr
 
 
 def test_an_interrupt_leaves_no_answer_behind(reader, scan_file, tmp_path):
