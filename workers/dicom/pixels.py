@@ -22,6 +22,7 @@ from workers.dicom.elements import BIG_ENDIAN, DEFLATED, PYDICOM_FAULTS, corrupt
 from workers.dicom.headers import inflated
 from workers.dicom.slices import Frame
 from workers.formats.blocks import open_regular
+from workers.formats.itk import itk_reader
 
 _JPEG_2000 = tuple("1.2.840.10008.1.2.4." + end for end in ("90", "91", "201", "202", "203"))
 _EXTENDED = "1.2.840.10008.1.2.4.51"
@@ -214,10 +215,8 @@ def _twelve_bits(frames: list[Frame]) -> Iterator[np.ndarray]:
     """JPEG of 12 bits, which GDCM decodes from a file and not from a fragment."""
     import SimpleITK as sitk
 
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(frames[0].path))
-    volume = sitk.GetArrayFromImage(reader.Execute()).reshape(frames[0].frames, *frames[0].kind.shape)
+    with itk_reader("GDCMImageIO", frames[0].path) as reader:
+        volume = sitk.GetArrayFromImage(reader.Execute()).reshape(frames[0].frames, *frames[0].kind.shape)
     for frame in frames:
         _, bits, _, signed = frame.kind.bits
         stored = np.rint((volume[frame.index] - frame.intercept) / frame.slope).astype(np.int64)

@@ -33,6 +33,7 @@ from workers.formats.headers import (
     per_step,
     voxel_dtype,
 )
+from workers.formats.itk import itk_reader
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 
@@ -134,21 +135,16 @@ def second_opinion(path: Path, grid: FileGrid, transform: Transform) -> tuple[st
     """
     if _opened(path, path.name.lower().endswith(".gz"))[0].size != 348:
         return ()
-    import SimpleITK as sitk  # 90 MiB, which a night that reads no scan does without
-
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("NiftiImageIO")
-    with _quiet_itk(), _encodable(path) as name:
-        reader.SetFileName(name)
+    with _encodable(path) as name, itk_reader("NiftiImageIO", name) as reader:
         try:
             reader.ReadImageInformation()
         except RuntimeError:  # its text names the file
             if grid.skew > KEPT_TOLERANCE:  # which it refuses, and which is settled by our rule
                 return ()
             return _differing("SimpleITK refuses sform and qform, which contradict each other", transform)
-    axes = reader.GetDimension()
-    direction = np.array(reader.GetDirection()).reshape(axes, axes)[:3, :3]
-    origin, spacing = np.array(reader.GetOrigin())[:3], np.array(reader.GetSpacing())[:3]
+        axes = reader.GetDimension()
+        direction = np.array(reader.GetDirection()).reshape(axes, axes)[:3, :3]
+        origin, spacing = np.array(reader.GetOrigin())[:3], np.array(reader.GetSpacing())[:3]
     theirs = declared_grid(grid.shape, origin, spacing, direction)
     return _compared(grid, theirs, transform, "two readers place the scan")
 
@@ -310,16 +306,3 @@ def _encodable(path: Path) -> Iterator[str]:
             yield str(link)
     else:
         yield str(path)
-
-
-@contextmanager
-def _quiet_itk() -> Iterator[None]:
-    """Keep C++ warnings off standard error: they are checked for here, and they name files."""
-    import SimpleITK as sitk
-
-    before = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        yield
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(before)
