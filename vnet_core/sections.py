@@ -191,8 +191,11 @@ class NetworkPlan(Section):
     deep_supervision: Literal["none", "auxiliary", "aggregate"] = "none"
     """Outputs of the coarser stages of the way up. `auxiliary`: each has a loss of its own in training, with half the
     weight of the next finer one. `aggregate`: their features are brought to full resolution and join the head."""
-    initialisation: Literal["msra-average", "kaiming", "xavier-uniform", "xavier-normal"] = "msra-average"
-    """Distribution of the first weights; msra-average is that of the published code."""
+    initialisation: Literal["msra-average", "msra-small-head", "kaiming", "xavier-uniform", "xavier-normal"] = (
+        "msra-average"
+    )
+    """Distribution of the first weights. `msra-average` is that of the published code. `msra-small-head`: the same, but
+    what gives logits starts with a tenth of it, so that the first predictions favour no class by chance."""
 
     @model_validator(mode="before")
     @classmethod

@@ -10,6 +10,7 @@ from vnet_core.errors import ConfigError
 from vnet_core.fingerprint import Fingerprint
 from vnet_core.plan import Label, Plan
 from vnet_core.planning import STEP_GMACS_PER_CORE, STEP_GMACS_PER_GPU, Machine, derive_plan
+from vnet_core.splits import split_patients
 
 ONE = (Label(value=1, name="hippocampus"),)
 LAPTOP = Machine(2 * STEP_GMACS_PER_CORE, 24.0)
@@ -139,6 +140,15 @@ def test_every_choice_has_its_reason():
         section = document
         for part in key.split("."):
             section = section[part]
+
+
+@pytest.mark.parametrize(("cases", "kept_out"), [(10, 1), (80, 8), (81, 8), (160, 8), (1000, 8)])
+def test_a_tenth_of_the_cases_and_eight_at_most_do_not_train(cases, kept_out):
+    plan = plan_of(cohort(((35, 50, 35), (1, 1, 1), cases)))
+    training, validating = split_patients(
+        [(f"{number}", None) for number in range(cases)], plan.training.validation_fraction, seed=0
+    )
+    assert (len(training), len(validating)) == (cases - kept_out, kept_out)
 
 
 def test_any_cohort_gives_a_plan_that_is_valid_and_bounded():

@@ -399,6 +399,7 @@ def test_the_image_is_repeated_over_channels_not_over_the_batch():
     # A convolution of 32 -> 32 channels of 5^3, and a transposed one 64 -> 32 of 2^3.
     [
         ("msra-average", 2 / (32 * 125), 2 / (48 * 8)),
+        ("msra-small-head", 2 / (32 * 125), 2 / (48 * 8)),
         ("kaiming", 2 / (32 * 125), 2 / 64),
         ("xavier-uniform", 2 / (64 * 125), 2 / (96 * 8)),
         ("xavier-normal", 2 / (64 * 125), 2 / (96 * 8)),
@@ -417,3 +418,38 @@ def test_initial_weights(initialisation, variance, up_variance):
         assert kurtosis == pytest.approx(1.8 if initialisation == "xavier-uniform" else 3.0, abs=0.15)
     initialise(network, seed=1)
     assert all(not p.any() for name, p in network.named_parameters() if name.endswith("bias"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "small"),
+    [
+        ({}, {"head.convolution"}),
+        ({"head_kernel_size": 3}, {"head.after.2"}),
+        ({"deep_supervision": "auxiliary"}, {"head.convolution", "coarse.0"}),
+        # what is added up to logits gives logits; what goes through an activation first does not
+        ({"deep_supervision": "aggregate"}, {"head.convolution", "coarse.0"}),
+        ({"deep_supervision": "aggregate", "head_kernel_size": 3}, {"head.after.2"}),
+    ],
+)
+def test_a_small_head_is_a_tenth_of_the_same_head(settings, small):
+    usual, other = (
+        tiny(convolutions=(1, 1, 1), initialisation=initialisation, **settings).state_dict()
+        for initialisation in ("msra-average", "msra-small-head")
+    )
+    for name, weight in usual.items():
+        share = 0.1 if name.removesuffix(".weight") in small else 1.0
+        torch.testing.assert_close(other[name], share * weight)
+
+
+def test_a_small_head_starts_about_even_between_classes():
+    """Of three classes each starts with a probability near 1/3; with the usual head some are near 0 or 1."""
+    x = image(1, 1, 16, 16, 16)
+    spread = {}
+    for initialisation in ("msra-average", "msra-small-head"):
+        plan = NetworkPlan(
+            width=16, convolutions=(2, 2, 2), kernel_size=3, normalisation="instance", initialisation=initialisation
+        )
+        with torch.no_grad():
+            probabilities = build_vnet(plan, 1, 3).eval()(x).softmax(dim=1)
+        spread[initialisation] = float((probabilities - 1 / 3).abs().mean())
+    assert spread["msra-small-head"] < 0.08 < 0.2 < spread["msra-average"]

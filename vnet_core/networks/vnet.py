@@ -52,6 +52,11 @@ from vnet_core.networks.layout import (
 )
 from vnet_core.sections import NetworkPlan
 
+SMALL_HEAD = 0.1
+"""Deviation of what gives logits, as a share of the other layers', where the head starts small. At 1 a network of 16
+channels starts with logits of +-2, and the loss of a seed's first step says how it stands a minute later; at 0 it finds
+nothing but background."""
+
 
 class VNet(nn.Module):
     """A network of the V-Net family; made by :func:`build_vnet`."""
@@ -135,6 +140,11 @@ class VNet(nn.Module):
             return logits, *auxiliary
         return logits
 
+    def logit_layers(self) -> list[nn.Conv3d]:
+        """The convolutions whose values are logits, or are added up to logits."""
+        summed = self.plan.deep_supervision == "aggregate" and self.plan.head_kernel_size > 1
+        return [self.head.last, *([] if summed else self.coarse)]
+
     def reseed(self, seed: int) -> None:
         """What dropout and noise draw from now on depends on ``seed`` alone.
 
@@ -159,6 +169,11 @@ class Head(nn.Module):
         else:
             followers = (normalisation(plan, outputs), activation(plan, outputs), nn.Conv3d(outputs, outputs, 1))
             self.after = nn.Sequential(*followers)
+
+    @property
+    def last(self) -> nn.Conv3d:
+        """The convolution that gives the logits."""
+        return [layer for layer in self.modules() if isinstance(layer, nn.Conv3d)][-1]
 
     def forward(self, x: Tensor, joined: Tensor | None) -> Tensor:
         """(B, K, Z, Y, X) from ``x`` (B, C, Z, Y, X); ``joined`` (B, K, Z, Y, X) is added to the first convolution."""
@@ -190,10 +205,11 @@ def initialise(network: VNet, seed: int) -> None:
     """Set every weight as before training; one seed gives the same weights on every machine.
 
     Weights of convolutions, transposed ones too, have mean 0. With fan_in and fan_out the channels times the voxels of
-    the kernel, their variance is: `msra-average` 2 / ((fan_in + fan_out) / 2), normal; `kaiming` 2 / n, normal, with n
-    the values that reach one value (He et al. 2015: fan_in, of a transposed convolution its channels);
-    `xavier-uniform` and `xavier-normal` 2 / (fan_in + fan_out) (Glorot and Bengio 2010). Biases are 0, slopes of PReLU
-    0.25, normalisations the identity. The random layers are reseeded.
+    the kernel, their variance is: `msra-average` 2 / ((fan_in + fan_out) / 2), normal; `msra-small-head` the same, with
+    the deviation of ``network.logit_layers()`` times SMALL_HEAD; `kaiming` 2 / n, normal, with n the values that reach
+    one value (He et al. 2015: fan_in, of a transposed convolution its channels); `xavier-uniform` and `xavier-normal`
+    2 / (fan_in + fan_out) (Glorot and Bengio 2010). Biases are 0, slopes of PReLU 0.25, normalisations the identity.
+    The random layers are reseeded.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
@@ -203,6 +219,10 @@ def initialise(network: VNet, seed: int) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.PReLU | nn.BatchNorm3d | nn.GroupNorm):
             module.reset_parameters()
+    if network.plan.initialisation == "msra-small-head":
+        with torch.no_grad():
+            for layer in network.logit_layers():
+                layer.weight.mul_(SMALL_HEAD)
     network.reseed(seed)
 
 
@@ -212,7 +232,7 @@ def _draw(module: nn.Conv3d | nn.ConvTranspose3d, plan: NetworkPlan, generator: 
     both_fans = (module.in_channels + module.out_channels) * taps
     with torch.no_grad():
         match plan.initialisation:
-            case "msra-average":
+            case "msra-average" | "msra-small-head":
                 module.weight.normal_(0.0, sqrt(2 / (both_fans / 2)), generator=generator)
             case "kaiming":
                 reaching = module.in_channels * (1 if isinstance(module, nn.ConvTranspose3d) else taps)
