@@ -279,7 +279,9 @@ def _patch_and_width(
         Reason("network.decoder", "narrow", "half the arithmetic of the published way up, better spent on steps"),
         Reason("network.activation", "leaky-relu", "a fifth less time per step than PReLU on processors"),
         Reason("network.normalisation", "instance", "independent of the batch, which is small"),
-        Reason("network.initialisation", "msra-small-head", "no class is favoured by chance, which steps have to undo"),
+        Reason(
+            "network.initialisation", "msra-small-head", "no class is favoured by much, which steps would have to undo"
+        ),
     ]
     return _shape(patch), width, reasons
 

@@ -195,7 +195,7 @@ class NetworkPlan(Section):
         "msra-average"
     )
     """Distribution of the first weights. `msra-average` is that of the published code. `msra-small-head`: the same, but
-    what gives logits starts with a tenth of it, so that the first predictions favour no class by chance."""
+    what gives logits starts with 0.3 of it, so that the first predictions favour no class by much."""
 
     @model_validator(mode="before")
     @classmethod

@@ -431,18 +431,18 @@ def test_initial_weights(initialisation, variance, up_variance):
         ({"deep_supervision": "aggregate", "head_kernel_size": 3}, {"head.after.2"}),
     ],
 )
-def test_a_small_head_is_a_tenth_of_the_same_head(settings, small):
+def test_a_small_head_is_the_same_head_times_0_3(settings, small):
     usual, other = (
         tiny(convolutions=(1, 1, 1), initialisation=initialisation, **settings).state_dict()
         for initialisation in ("msra-average", "msra-small-head")
     )
     for name, weight in usual.items():
-        share = 0.1 if name.removesuffix(".weight") in small else 1.0
+        share = 0.3 if name.removesuffix(".weight") in small else 1.0
         torch.testing.assert_close(other[name], share * weight)
 
 
-def test_a_small_head_starts_about_even_between_classes():
-    """Of three classes each starts with a probability near 1/3; with the usual head some are near 0 or 1."""
+def test_a_small_head_starts_more_even_between_classes():
+    """How far probabilities of three classes are from 1/3, in the mean over voxels and classes."""
     x = image(1, 1, 16, 16, 16)
     spread = {}
     for initialisation in ("msra-average", "msra-small-head"):
@@ -452,4 +452,4 @@ def test_a_small_head_starts_about_even_between_classes():
         with torch.no_grad():
             probabilities = build_vnet(plan, 1, 3).eval()(x).softmax(dim=1)
         spread[initialisation] = float((probabilities - 1 / 3).abs().mean())
-    assert spread["msra-small-head"] < 0.08 < 0.2 < spread["msra-average"]
+    assert spread["msra-small-head"] < 0.15 < 0.2 < spread["msra-average"]

@@ -52,10 +52,10 @@ from vnet_core.networks.layout import (
 )
 from vnet_core.sections import NetworkPlan
 
-SMALL_HEAD = 0.1
-"""Deviation of what gives logits, as a share of the other layers', where the head starts small. At 1 a network of 16
-channels starts with logits of +-2, and the loss of a seed's first step says how it stands a minute later; at 0 it finds
-nothing but background."""
+SMALL_HEAD = 0.3
+"""Deviation of what gives logits, as a share of what `msra-average` gives it. At 1 the loss of a seed's first step says
+how it stands a minute later. At 0.1 what is large is learnt faster still, but of a structure of 0.07 % of the voxels
+five trainings in eight found nothing, and at 0 none finds anything: Dice then starts where background is everything."""
 
 
 class VNet(nn.Module):
