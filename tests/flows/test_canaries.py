@@ -133,7 +133,9 @@ def unpacked(raw: bytes) -> Iterator[bytes]:
     """The bytes, and those in them that gzip, a PNG's text, Parquet or base64 hides."""
     yield raw
     if raw.startswith(b"\x1f\x8b"):
-        yield from unpacked(gzip.decompress(raw))
+        # bytes of another kind begin so by chance, one in 65,536
+        with contextlib.suppress(gzip.BadGzipFile, EOFError, zlib.error):
+            yield from unpacked(gzip.decompress(raw))
     elif raw.startswith(b"\x89PNG"):
         for chunk in compressed_chunks(raw):
             yield zlib.decompressobj().decompress(chunk)

@@ -54,7 +54,9 @@ def test_a_failure_is_told_once_without_its_text_and_tried_again(
     with caplog.at_level(logging.WARNING, logger="vnet"):
         assert called(6, act) == 6
     # threads that other tests have left behind may have something to say meanwhile
-    first, second = (message for message in caplog.messages if message.startswith("test failed"))
+    told = [message for message in caplog.messages if message.startswith("test failed")]
+    assert len(told) == 2, told
+    first, second = told
     assert first.startswith("test failed, and is tried again every 0.01 s: PermissionError (Permission denied) at ")
     assert second.endswith(": store.full")
     assert "Jane" not in caplog.text
