@@ -7,7 +7,7 @@ FOLDER has ``images/`` and ``labels/``; the split is drawn by a seed. The plan i
 seed changes the first weights, the validation cases and every sample. nnU-Net runs in an environment of its own (its
 pins differ), MONAI in this one; both by their own loaders, losses and predictions, see ``benchmarks/peers``. All masks
 are scored by `vnet evaluate`. What was measured is kept in WORK/measured.json, so that the same command goes on after
-an interruption, and lists of several machines, or of one core each, can be joined to one before it is given again.
+an interruption.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> int:
     measured = [Measured(**row) for row in json.loads(kept.read_text("utf-8"))] if kept.exists() else []
     done = {(m.who, m.minutes, m.seed) for m in measured}
     for minutes in options.minutes:
-        todo = [(who, 0) for who in peers(options)] + [("vnet", options.first_seed + n) for n in range(options.seeds)]
+        todo = [(who, 0) for who in peers(options)] + [("vnet", seed) for seed in range(options.seeds)]
         for who, seed in todo:
             if (who, minutes, seed) in done:
                 continue
@@ -79,7 +79,6 @@ def arguments() -> argparse.Namespace:
     parser = trial_parser(__doc__, "accuracy")
     parser.add_argument("--minutes", type=float, nargs="+", default=[1.0, 5.0, 30.0])
     parser.add_argument("--seeds", type=int, default=5, help="trainings of ours, each with another seed")
-    parser.add_argument("--first-seed", type=int, default=0, help="of those trainings; the others follow it")
     parser.add_argument("--nnunet-python", type=Path, help="interpreter of an environment with nnunetv2")
     parser.add_argument("--monai", action="store_true", help="train MONAI's VNet too, in float32")
     parser.add_argument(

@@ -198,14 +198,14 @@ def _mirrored(flips: Axes, one_pass: bool) -> tuple[Axes, Reason]:
 
 def _validating(cases: int) -> tuple[float, Reason]:
     """Share of the cases with a label that is kept out of training."""
-    share = min(VALIDATION_SHARE, round(VALIDATION_CASES / cases, 4))
+    share = min(VALIDATION_SHARE, VALIDATION_CASES / cases)
     words = (
         f"a tenth of {cases} cases draws the curve of validation Dice"
         if share == VALIDATION_SHARE
         else f"{VALIDATION_CASES} of {cases} cases draw the curve of validation Dice; the others are worth more as"
         " cases to learn from, and `--folds` judges every case"
     )
-    return share, Reason("training.validation_fraction", f"{share:g}", words)
+    return share, Reason("training.validation_fraction", f"{share:.3g}", words)
 
 
 def _intensity(value: Fingerprint, channels: tuple[str, ...]) -> tuple[dict[str, object], Reason]:

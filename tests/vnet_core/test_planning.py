@@ -142,7 +142,7 @@ def test_every_choice_has_its_reason():
             section = section[part]
 
 
-@pytest.mark.parametrize(("cases", "kept_out"), [(10, 1), (80, 8), (81, 8), (160, 8), (1000, 8)])
+@pytest.mark.parametrize(("cases", "kept_out"), [(10, 1), (80, 8), (81, 8), (160, 8), (1000, 8), (200_000, 8)])
 def test_a_tenth_of_the_cases_and_eight_at_most_do_not_train(cases, kept_out):
     plan = plan_of(cohort(((35, 50, 35), (1, 1, 1), cases)))
     training, validating = split_patients(

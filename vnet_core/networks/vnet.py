@@ -55,7 +55,7 @@ from vnet_core.sections import NetworkPlan
 SMALL_HEAD = 0.3
 """Deviation of what gives logits, as a share of what `msra-average` gives it. At 1 the loss of a seed's first step says
 how it stands a minute later. At 0.1 what is large is learnt faster still, but of a structure of 0.07 % of the voxels
-five trainings in eight found nothing, and at 0 none finds anything: Dice then starts where background is everything."""
+five trainings in eight found nothing; at 0 even the hippocampus was not found (`benchmarks/results`)."""
 
 
 class VNet(nn.Module):
@@ -142,8 +142,8 @@ class VNet(nn.Module):
 
     def logit_layers(self) -> list[nn.Conv3d]:
         """The convolutions whose values are logits, or are added up to logits."""
-        summed = self.plan.deep_supervision == "aggregate" and self.plan.head_kernel_size > 1
-        return [self.head.last, *([] if summed else self.coarse)]
+        through_activation = self.plan.deep_supervision == "aggregate" and self.plan.head_kernel_size > 1
+        return [self.head.last, *([] if through_activation else self.coarse)]
 
     def reseed(self, seed: int) -> None:
         """What dropout and noise draw from now on depends on ``seed`` alone.
